@@ -1,0 +1,113 @@
+"""Every matrix product with a weight, and the only place that makes weight gradients.
+
+A weight that carries `main_grad` (an fp32 buffer, see gradients.py) has its gradient added straight
+into it; a weight without one gets an ordinary `.grad`, so that a layer works alone in a notebook.
+Legend: N rows, I inputs, O outputs, e experts of this rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.shards import mark_experts
+
+
+def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: Tensor) -> None:
+    """Add grad^T rows, [O, I] from [N, O] and [N, I], to the gradient buffer of a weight."""
+    target = weight.main_grad if index is None else weight.main_grad[index]  # type: ignore[attr-defined]
+    if target.dtype == grad.dtype:
+        target.addmm_(grad.t(), rows)
+    else:
+        target.add_(grad.t() @ rows)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.weight = weight
+        return F.linear(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (rows,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
+        grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_rows, None
+        flat_grad, flat_rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
+        if not hasattr(weight, "main_grad"):
+            return grad_rows, flat_grad.t() @ flat_rows
+        add_weight_gradient(weight, None, flat_grad, flat_rows)
+        return grad_rows, None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.counts, ctx.weight = counts, weight
+        out = rows.new_empty(rows.shape[0], weight.shape[1])
+        for expert, begin, end in _segments(counts):
+            torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (rows,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0].contiguous()
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        buffered = hasattr(weight, "main_grad")
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] and not buffered else None
+        for expert, begin, end in _segments(ctx.counts):
+            part = grad[begin:end]
+            if grad_rows is not None:
+                torch.mm(part, weight[expert], out=grad_rows[begin:end])
+            if grad_weight is not None:
+                torch.mm(part.t(), rows[begin:end], out=grad_weight[expert])
+            elif ctx.needs_input_grad[2]:
+                add_weight_gradient(weight, expert, part, rows[begin:end])
+        return grad_rows, None, grad_weight
+
+
+def _segments(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    segments, begin = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            segments.append((expert, begin, begin + count))
+        begin += count
+    return segments
+
+
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [..., I] times a weight [O, I], transposed: [..., O]."""
+    return _Product.apply(rows, weight)
+
+
+class Linear(nn.Module):
+    """A weight [O, I] without bias."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return linear(rows, self.weight)
+
+
+class GroupedLinear(nn.Module):
+    """The weights [e, O, I] of this rank's experts, of which the first is expert `first` of them all."""
+
+    def __init__(
+        self, num_local: int, first: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_local, num_outputs, num_inputs, dtype=dtype))
+        mark_experts(self.weight, first)
+
+    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""
+        return _GroupedProduct.apply(rows, counts, self.weight)

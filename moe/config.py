@@ -1,0 +1,169 @@
+"""Every setting of a run and its default. No torch.
+
+Defaults live here and nowhere else: recipes hold only differences. `moe/rules.py` builds these
+dataclasses from plain mappings and checks the rules between fields.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding (DeepSeek-V2/V3 `rope_scaling`). `factor` 1 with any kind is plain RoPE."""
+
+    kind: Literal["plain", "ntk", "yarn"] = "plain"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a DeepSeek-V2 or V3 model; names follow the released `config.json` where they can."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_dense_layers: int = 1  # the first layers have a dense MLP instead of experts
+    num_mtp_layers: int = 0  # multi-token-prediction modules after the last layer
+    intermediate_size: int = 768  # width of a dense MLP
+    moe_intermediate_size: int = 128  # width of one expert
+    num_experts: int = 16
+    num_shared_experts: int = 1
+    top_k: int = 4
+    num_groups: int = 1
+    top_groups: int = 1
+    score_function: Literal["softmax", "sigmoid"] = "sigmoid"
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    normalize_top_k: bool = True
+    routed_scaling_factor: float = 1.0
+    capacity_factor: float | None = None  # None: dropless
+    num_heads: int = 4
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_context: int = 163840
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer (0-based) holds experts; the MTP layers after the last one all do."""
+        return layer >= self.num_dense_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """How expert load is kept even: selection bias (2408.15664) and auxiliary losses."""
+
+    bias: Literal["update", "frozen", "none"] = "update"
+    bias_rate: float = 1e-3
+    bias_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over `train.steps`, to 0
+    bias_freeze_step: int | None = None  # no update from this step on
+    bias_center: bool = False  # subtract the mean after each update
+    bias_clamp: float | None = None  # keep |bias| at or below this
+    sequence_aux: float = 0.0  # coefficients of the three auxiliary losses
+    microbatch_aux: float = 0.0
+    global_aux: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read. `python-stdlib` stands for the source text of the running Python installation."""
+
+    paths: tuple[str, ...] = ("python-stdlib",)
+    tokenizer: str | None = None  # a tokenizer.json; None trains a byte-level BPE on the text
+    cache: str = ".cache/data"
+    sequence_length: int = 256
+    validation_fraction: float = 0.04  # share of documents held out, chosen by a hash of their names
+    mask_documents: bool = False  # keep attention inside a document
+    text_key: str = "text"  # of JSONL rows
+    domain_key: str = "domain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How ranks share the work. `dp` None means as many ranks as were started, or as `ep` needs."""
+
+    dp: int | None = None
+    ep: int = 1
+    microbatches: int = 1  # per data-parallel rank and step
+    overlap: bool = True  # hide one microbatch's all-to-all behind its neighbour's compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 20
+    decay_fraction: float = 0.2  # of `train.steps`, the tail of WSD
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: length, batch, precision, and how often it saves and evaluates (0: never)."""
+
+    steps: int = 100
+    batch_size: int = 16  # sequences per step, over all ranks
+    seed: int = 1234
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "full"] = "none"
+    mtp_weight: float = 0.3
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    eval_every: int = 50
+    eval_sequences: int = 64
+    sample_prompt: str = ""
+    sample_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What is recorded of expert load."""
+
+    window: int = 50  # steps of the windowed MaxVio
+    domains_every: int = 10  # steps between per-domain slices (0: never)
+    log_every: int = 10  # steps between plain progress lines when there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where runs are written and how local processes are started."""
+
+    runs: str = "runs"
+    threads: int | None = None  # per rank; None shares the cores out evenly
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

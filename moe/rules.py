@@ -1,0 +1,189 @@
+"""From a plain mapping to a checked `RunConfig`: strict building, then the rules across fields. No torch."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from moe.config import ModelConfig, RunConfig
+from parallel.errors import UserError
+from parallel.layout import Layout, alternatives
+
+Config = TypeVar("Config")
+
+
+def build(cls: type[Config], values: Mapping[str, Any], path: str = "") -> Config:
+    """A frozen config from a mapping; an unknown key or a wrong type is a `UserError`."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise unknown_key(f"{path}{key}", known_keys(cls, path))
+    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"`{path}` must be a group of settings, but is {value!r}: set `{path}.KEY`")
+        return build(typing.cast(type, hint), value, f"{path}.")
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(h for h in get_args(hint) if h is not type(None)), value, path)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        choices = " or ".join(repr(c) for c in get_args(hint))
+        raise UserError(f"`{path}` must be {choices}, but is {value!r}{_nearest(value, get_args(hint))}")
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(get_args(hint)[0], item, path) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
+    raise UserError(f"`{path}` must be {name}, but is {value!r}: write `{path}={_example(hint)}`")
+
+
+def _example(hint: type) -> str:
+    return {int: "8", float: "0.001", bool: "true", str: "name"}[hint]
+
+
+def _nearest(word: object, choices: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else ": choose one of these"
+
+
+def known_keys(cls: type, path: str = "") -> Iterator[str]:
+    """Every dotted key of a config, groups included."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield f"{path}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from known_keys(typing.cast(type, hint), f"{path}{name}.")
+
+
+def unknown_key(key: str, known: typing.Iterable[str]) -> UserError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    choices = list(known)
+    near = difflib.get_close_matches(key, choices, n=1, cutoff=0.0)
+    same_leaf = [c for c in choices if c.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return UserError(f"there is no setting `{key}`: did you mean `{(same_leaf or near)[0]}`?")
+
+
+def validate(config: RunConfig, world_size: int | None = None) -> Layout:
+    """Check the rules between fields and return the layout. `world_size`: ranks that were started."""
+    _validate_model(config.model)
+    layout = _layout(config, world_size)
+    model, batch = config.model, config.train.batch_size
+    if config.model.num_experts % layout.ep:
+        raise UserError(
+            f"`layout.ep` must divide `model.num_experts`, but {layout.ep} does not divide "
+            f"{model.num_experts}: use {alternatives(model.num_experts, layout.ep)}"
+        )
+    parts = layout.dp * config.layout.microbatches
+    if batch % parts:
+        raise UserError(
+            f"`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but {batch} "
+            f"is not a multiple of {parts}: use {max(1, batch // parts) * parts} or {(batch // parts + 1) * parts}"
+        )
+    if config.data.sequence_length > model.max_context:
+        raise UserError(
+            f"`data.sequence_length` must not exceed `model.max_context`, but {config.data.sequence_length} "
+            f"> {model.max_context}: shorten the sequences or raise the context"
+        )
+    _validate_ranges(config)
+    return layout
+
+
+def _layout(config: RunConfig, world_size: int | None) -> Layout:
+    wanted = config.layout
+    dp = wanted.dp if wanted.dp is not None else (world_size or wanted.ep)
+    layout = Layout(dp=dp, ep=wanted.ep)
+    if world_size is not None and world_size != layout.world_size:
+        raise UserError(
+            f"`layout.dp` must equal the number of ranks, but the layout needs {layout.world_size} and "
+            f"{world_size} were started: start {layout.world_size} or set `layout.dp={world_size}`"
+        )
+    return layout
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if model.num_experts % model.num_groups:
+        raise UserError(
+            f"`model.num_groups` must divide `model.num_experts`, but {model.num_groups} does not divide "
+            f"{model.num_experts}: use {alternatives(model.num_experts, model.num_groups)}"
+        )
+    if not 1 <= model.top_groups <= model.num_groups:
+        raise UserError(
+            f"`model.top_groups` must lie between 1 and `model.num_groups`, but is {model.top_groups} of "
+            f"{model.num_groups}: use at most {model.num_groups}"
+        )
+    selectable = model.num_experts // model.num_groups * model.top_groups
+    if not 1 <= model.top_k <= selectable:
+        raise UserError(
+            f"`model.top_k` must lie between 1 and the experts that the group limit leaves, but is {model.top_k} "
+            f"of {selectable}: use at most {selectable} or raise `model.top_groups`"
+        )
+    if model.group_score == "top2_sum" and model.num_groups > 1 and model.num_experts < 2 * model.num_groups:
+        raise UserError(
+            "`model.group_score=top2_sum` needs two experts in a group, but there are "
+            f"{model.num_experts} in {model.num_groups} groups: use `model.group_score=max` or fewer groups"
+        )
+    if model.num_dense_layers > model.num_layers:
+        raise UserError(
+            f"`model.num_dense_layers` must not exceed `model.num_layers`, but {model.num_dense_layers} > "
+            f"{model.num_layers}: use at most {model.num_layers}"
+        )
+    if model.qk_rope_head_dim % 2:
+        raise UserError(
+            f"`model.qk_rope_head_dim` must be even (rotated pairs), but is {model.qk_rope_head_dim}: "
+            f"use {model.qk_rope_head_dim + 1}"
+        )
+
+
+def _validate_ranges(config: RunConfig) -> None:
+    positive = {
+        "model.vocab_size": config.model.vocab_size,
+        "model.hidden_size": config.model.hidden_size,
+        "model.num_layers": config.model.num_layers,
+        "model.num_heads": config.model.num_heads,
+        "model.intermediate_size": config.model.intermediate_size,
+        "model.moe_intermediate_size": config.model.moe_intermediate_size,
+        "data.sequence_length": config.data.sequence_length,
+        "layout.microbatches": config.layout.microbatches,
+        "train.steps": config.train.steps,
+        "train.batch_size": config.train.batch_size,
+        "optim.lr": config.optim.lr,
+        "telemetry.window": config.telemetry.window,
+        "telemetry.log_every": config.telemetry.log_every,
+    }
+    not_negative = {
+        "model.num_dense_layers": config.model.num_dense_layers,
+        "model.num_mtp_layers": config.model.num_mtp_layers,
+        "model.num_shared_experts": config.model.num_shared_experts,
+        "balance.bias_rate": config.balance.bias_rate,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.clip_norm": config.optim.clip_norm,
+        "train.save_every": config.train.save_every,
+        "train.eval_every": config.train.eval_every,
+        "telemetry.domains_every": config.telemetry.domains_every,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise UserError(f"`{name}` must be greater than 0, but is {value}: use a positive number")
+    for name, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"`{name}` must not be negative, but is {value}: use 0 or more")
+    if config.train.keep_checkpoints < 1:
+        raise UserError(
+            f"`train.keep_checkpoints` must be at least 1, but is {config.train.keep_checkpoints}: "
+            "keep one, or set `train.save_every=0`"
+        )
+    if not 0 <= config.data.validation_fraction < 1:
+        raise UserError(
+            "`data.validation_fraction` must lie in [0, 1), but is "
+            f"{config.data.validation_fraction}: use 0.05 for one document in twenty"
+        )

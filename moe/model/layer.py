@@ -1,0 +1,102 @@
+"""The Mixture-of-Experts layer: route, dispatch, experts, combine, with shared experts beside them.
+
+`phases` is the whole layer as straight-line code: it yields whenever its rows are on the wire, so a
+schedule can run another microbatch there. Without a group it is the plain layer:
+
+    output = MoELayer(ModelConfig())(torch.randn(2, 16, 256))
+
+Legend: B sequences, S positions, D hidden size, T = B S tokens, E experts.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import BalanceConfig, ModelConfig
+from moe.model.dispatch import Delivery, Plan, announce, deliver, make_plan, take_rows, weighted_sum
+from moe.model.experts import Experts
+from moe.model.mlp import SwiGLU
+from moe.model.router import Router, Routing
+from parallel.collectives import Group, group_rank, group_size
+from parallel.pipeline.overlap import run
+from parallel.pipeline.tape import Direct, Recorder
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What one layer did with one microbatch: whom it chose and what it sent. Detached, exact."""
+
+    experts_TK: Tensor  # chosen experts; E on padding
+    counts_E: Tensor  # int64: assignments of valid tokens
+    rows_E: Tensor  # int64: rows sent; fewer than the counts where capacity dropped some
+    auxiliary_loss: Tensor
+
+
+class MoELayer(nn.Module):
+    """Routed experts, cut over `group` when there is one, and shared experts, whole on every rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        balance: BalanceConfig | None = None,
+        group: Group = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.group = config, group
+        num_local = config.num_experts // group_size(group)
+        self.router = Router(config, balance or BalanceConfig(), dtype)
+        self.experts = Experts(config, num_local, group_rank(group) * num_local, dtype)
+        shared_width = config.num_shared_experts * config.moe_intermediate_size
+        self.shared = SwiGLU(config.hidden_size, shared_width, dtype) if shared_width else None
+
+    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D], through ordinary autograd; auxiliary losses are left out."""
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if valid is None else valid
+        return run(self.phases(Direct(), hidden, valid))[0]
+
+    def phases(
+        self, tape: Recorder, hidden: Tensor, valid: Tensor, auxiliary_share: float = 1.0
+    ) -> Generator[None, None, tuple[Tensor, LayerLoad]]:
+        """Hidden states [B, S, D] -> the layer's output [B, S, D] and its load.
+
+        `valid` [B, S] is false on padding. `auxiliary_share` is this microbatch's part of the global
+        batch, by which the auxiliary loss (a mean) counts.
+        """
+        weights, auxiliary, routing = tape.compute(self.router, hidden, valid)
+        tape.root(auxiliary, auxiliary_share)
+        plan = make_plan(routing.experts_TK, weights, self.config.num_experts, self.config.capacity_factor)
+        announced = announce(plan, self.group)
+        rows = tape.compute(_spread, hidden, plan)
+        yield
+        delivery = deliver(plan, announced.wait(), self.group)
+        dispatched = tape.exchange(rows, delivery.splits)
+        shared = tape.compute(self.shared, hidden) if self.shared is not None else None
+        yield
+        rows = tape.compute(self._run_experts, dispatched.wait(), delivery)
+        returned = tape.exchange(rows, delivery.splits.reversed())
+        yield
+        output = tape.compute(_combine, returned.wait(), weights, shared, plan, hidden.shape)
+        return output, _load(routing, plan, auxiliary)
+
+    def _run_experts(self, rows: Tensor, delivery: Delivery) -> Tensor:
+        order_N, slot_N1 = delivery.order_N, delivery.slot_N1
+        if order_N is None or slot_N1 is None:
+            return self.experts(rows, delivery.counts)
+        out = self.experts(take_rows(rows, order_N, slot_N1), delivery.counts)
+        return take_rows(out, slot_N1[:, 0], order_N[:, None])
+
+
+def _spread(hidden: Tensor, plan: Plan) -> Tensor:
+    return take_rows(hidden.flatten(0, 1), plan.token_N, plan.slot_TK)
+
+
+def _combine(rows: Tensor, weights_TK: Tensor, shared: Tensor | None, plan: Plan, shape: torch.Size) -> Tensor:
+    routed = weighted_sum(rows, weights_TK, plan).view(shape)
+    return routed if shared is None else routed + shared
+
+
+def _load(routing: Routing, plan: Plan, auxiliary: Tensor) -> LayerLoad:
+    return LayerLoad(routing.experts_TK, routing.counts_E, plan.rows_E, auxiliary.detach())

@@ -85,9 +85,10 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
         )
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
+        near = sorted({max(parts, batch // parts * parts), (batch // parts + 1) * parts})
         raise UserError(
             f"`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but {batch} "
-            f"is not a multiple of {parts}: use {max(1, batch // parts) * parts} or {(batch // parts + 1) * parts}"
+            f"is not a multiple of {parts}: use {' or '.join(str(size) for size in near)}"
         )
     if config.data.sequence_length > model.max_context:
         raise UserError(
@@ -124,8 +125,8 @@ def _validate_model(model: ModelConfig) -> None:
     selectable = model.num_experts // model.num_groups * model.top_groups
     if not 1 <= model.top_k <= selectable:
         raise UserError(
-            f"`model.top_k` must lie between 1 and the experts that the group limit leaves, but is {model.top_k} "
-            f"of {selectable}: use at most {selectable} or raise `model.top_groups`"
+            "`model.top_k` must lie between 1 and the experts that the group limit leaves, but is "
+            f"{model.top_k} of {selectable}: use at most {selectable} or raise `model.top_groups`"
         )
     if model.group_score == "top2_sum" and model.num_groups > 1 and model.num_experts < 2 * model.num_groups:
         raise UserError(

@@ -53,8 +53,8 @@ class Checkpoint:
         tensor = self.read(name)
         if tensor.shape != target.shape:
             raise UserError(
-                f"tensor `{name}` of checkpoint {self.folder} must have the model's shape {list(target.shape)}, "
-                f"but has {list(tensor.shape)}: restore the settings the checkpoint was made with"
+                f"tensor `{name}` of checkpoint {self.folder} must have the model's shape "
+                f"{list(target.shape)}, but has {list(tensor.shape)}: restore the settings it was made with"
             )
         target.copy_(tensor)
 

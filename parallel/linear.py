@@ -102,7 +102,12 @@ class GroupedLinear(nn.Module):
     """The weights [e, O, I] of this rank's experts, of which the first is expert `first` of them all."""
 
     def __init__(
-        self, num_local: int, first: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32
+        self,
+        num_local: int,
+        first: int,
+        num_inputs: int,
+        num_outputs: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_local, num_outputs, num_inputs, dtype=dtype))

@@ -46,7 +46,11 @@ def auxiliary_loss(router: "Router", scores: Tensor, chosen: Tensor, valid: Tens
         total = total + balance.microbatch_aux * (f_E * mean_E).sum()
     if balance.global_aux:
         last_E = router.last_counts
-        f_E = last_E * config.num_experts / last_E.sum().clamp_min(1) if last_E.any() else torch.ones_like(mean_E)
+        f_E = (
+            last_E * config.num_experts / last_E.sum().clamp_min(1)
+            if last_E.any()
+            else torch.ones_like(mean_E)
+        )
         total = total + balance.global_aux * (f_E * mean_E).sum()
     return total
 

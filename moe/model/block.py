@@ -21,7 +21,7 @@ from parallel.pipeline.tape import Recorder
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What every layer sees of a microbatch: positions, who may look where, padding, its share of the batch."""
+    """What every layer sees of a microbatch: positions, who may look where, padding, its weight."""
 
     rotation: Rotation
     mask: Tensor | None  # [B, 1, S, S]; None is causal

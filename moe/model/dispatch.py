@@ -30,7 +30,9 @@ class Plan:
         return self.order_N // self.slot_TK.shape[1]
 
 
-def make_plan(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity_factor: float | None) -> Plan:
+def make_plan(
+    experts_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity_factor: float | None
+) -> Plan:
     """Order assignments by expert; `experts_TK` holds E where there is nothing to send.
 
     With a capacity factor c, an expert takes at most ceil(c * valid tokens * K / E) of these rows,
@@ -84,7 +86,9 @@ def deliver(plan: Plan, arrived: Tensor, group: Group) -> Delivery:
     counts = tuple(arrived.sum(0).tolist())
     if ranks == 1 or num_local == 1:
         return Delivery(splits, counts, None, None)
-    expert_N = torch.arange(num_local, device=arrived.device).repeat(ranks).repeat_interleave(arrived.flatten())
+    expert_N = (
+        torch.arange(num_local, device=arrived.device).repeat(ranks).repeat_interleave(arrived.flatten())
+    )
     order_N = expert_N.argsort(stable=True)
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)

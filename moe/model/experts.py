@@ -13,7 +13,9 @@ from parallel.linear import GroupedLinear
 class Experts(nn.Module):
     """Experts `first` .. `first + num_local - 1`."""
 
-    def __init__(self, config: ModelConfig, num_local: int, first: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, num_local: int, first: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.gate_up = GroupedLinear(num_local, first, hidden, 2 * width, dtype)

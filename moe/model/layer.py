@@ -54,7 +54,9 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D], through ordinary autograd; auxiliary losses are left out."""
-        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if valid is None else valid
+        valid = (
+            torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if valid is None else valid
+        )
         return run(self.phases(Direct(), hidden, valid))[0]
 
     def phases(
@@ -93,7 +95,9 @@ def _spread(hidden: Tensor, plan: Plan) -> Tensor:
     return take_rows(hidden.flatten(0, 1), plan.token_N, plan.slot_TK)
 
 
-def _combine(rows: Tensor, weights_TK: Tensor, shared: Tensor | None, plan: Plan, shape: torch.Size) -> Tensor:
+def _combine(
+    rows: Tensor, weights_TK: Tensor, shared: Tensor | None, plan: Plan, shape: torch.Size
+) -> Tensor:
     routed = weighted_sum(rows, weights_TK, plan).view(shape)
     return routed if shared is None else routed + shared
 

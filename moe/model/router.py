@@ -31,7 +31,9 @@ class Router(nn.Module):
     bias: Tensor
     last_counts: Tensor
 
-    def __init__(self, config: ModelConfig, balance: BalanceConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, balance: BalanceConfig, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.config, self.balance = config, balance
         self.projection = Linear(config.hidden_size, config.num_experts, dtype)
@@ -59,7 +61,9 @@ class Router(nn.Module):
             choice_TE = scores_TE if self.balance.bias == "none" else scores_TE + self.bias
             experts_TK = self._group_limited(choice_TE).topk(config.top_k, dim=-1, sorted=False).indices
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
-        loss = auxiliary_loss(self, scores_TE.unflatten(0, valid.shape), experts_TK.unflatten(0, valid.shape), valid)
+        loss = auxiliary_loss(
+            self, scores_TE.unflatten(0, valid.shape), experts_TK.unflatten(0, valid.shape), valid
+        )
         routed_TK = experts_TK.masked_fill(~valid_T[:, None], config.num_experts)
         counts_E = torch.bincount(routed_TK.flatten(), minlength=config.num_experts + 1)[:-1]
         return weights_TK, loss, Routing(routed_TK, counts_E)
@@ -68,12 +72,14 @@ class Router(nn.Module):
         config = self.config
         if config.normalize_top_k:
             chosen_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20)
-            if config.score_function == "softmax":  # V2's released gate scales only what it does not normalise
+            if (
+                config.score_function == "softmax"
+            ):  # V2's released gate scales only what it does not normalise
                 return chosen_TK
         return chosen_TK * config.routed_scaling_factor
 
     def _group_limited(self, choice_TE: Tensor) -> Tensor:
-        """Scores with every expert outside the best groups at -inf (0 would be wrong: scores + bias go below)."""
+        """Scores with every expert outside the best groups at -inf (biased scores go below 0)."""
         config = self.config
         if config.num_groups == 1:
             return choice_TE

@@ -78,7 +78,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.head = None if config.tie_embeddings else nn.Parameter(head)
-        self.mtp = nn.ModuleList(MTPModule(config, balance, group, dtype) for _ in range(config.num_mtp_layers))
+        self.mtp = nn.ModuleList(
+            MTPModule(config, balance, group, dtype) for _ in range(config.num_mtp_layers)
+        )
         if seed is not None:
             init_weights(self, config.init_std, seed)
 
@@ -130,7 +132,9 @@ class Transformer(nn.Module):
     def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the token losses, in fp32, and the losses [B, S] themselves, detached."""
         logits = self._logits(hidden).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+        )
         return losses.sum(), losses.detach().view_as(labels)
 
     def _normed_losses(self, norm: RMSNorm, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,9 @@ class Tape:
 
     def _last_ready(self, readers: Counter[int], awaited: set[int]) -> int | None:
         for place in range(len(self._records) - 1, -1, -1):
-            if all(not readers[id(leaf)] and id(leaf) not in awaited for leaf in self._records[place].outputs):
+            if all(
+                not readers[id(leaf)] and id(leaf) not in awaited for leaf in self._records[place].outputs
+            ):
                 return place
         return None
 

@@ -1,0 +1,246 @@
+"""The training loop of one rank: begin or resume, step, evaluate, save, and leave cleanly.
+
+A signal only raises a flag; the ranks agree on it between two steps, save, and leave together.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from moe.config import RunConfig
+from moe.data.corpus import Corpus, prepare
+from moe.data.loader import Batch, Loader
+from moe.model.transformer import Transformer
+from moe.rules import validate
+from moe.telemetry.progress import Progress
+from moe.telemetry.report import summary, write_report
+from moe.telemetry.sinks import replace_file
+from moe.train import state
+from moe.train.environment import environment
+from moe.train.evaluate import evaluate
+from moe.train.record import Recorder
+from moe.train.sample import sample
+from moe.train.step import StepResult, Trainer
+from parallel.checkpoint import open_checkpoint, open_latest
+from parallel.collectives import all_reduce, barrier
+from parallel.groups import Groups, build_groups
+
+DONE, ENDED_BADLY, INTERRUPTED = 0, 1, 130
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, run: Path) -> int:
+    """Train in the run's folder, from its last good checkpoint if it has one; the exit code.
+
+    Every rank of the layout calls, with torch's rank variables set when there are several.
+    """
+    with _world() as device:
+        groups = build_groups(validate(config, dist.get_world_size() if dist.is_initialized() else 1))
+        return _Run(config, run, groups, device).train()
+
+
+@contextmanager
+def _world() -> Iterator[torch.device]:
+    """The process group of all ranks, and this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        yield device
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+class _Run:
+    """One rank's part in a run. Rank 0 writes and shows; every rank computes and agrees."""
+
+    def __init__(self, config: RunConfig, run: Path, groups: Groups, device: torch.device) -> None:
+        self.config, self.folder, self.groups, self.device = config, run, groups, device
+        self.corpus = self._prepare()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        model = Transformer(config.model, config.balance, groups.ep, dtype, config.train.seed).to(device)
+        self.trainer = Trainer(model, config, groups, len(self.corpus.domains))
+        self.loader, self.validation = (
+            Loader(
+                shards,
+                sequence_length=config.data.sequence_length,
+                seed=config.train.seed,
+                mask_documents=config.data.mask_documents,
+            )
+            for shards in (self.corpus.train, self.corpus.validation)
+        )
+        self.position = self._resume()
+        self.recorder: Recorder | None = None
+        if groups.rank == 0:
+            facts = environment(config.train.seed, groups.layout)
+            replace_file(run / "environment.json", json.dumps(facts, indent=2).encode())
+            self.recorder = Recorder(run, config, self.corpus.domains, self.position.step)
+
+    def _prepare(self) -> Corpus:
+        """Rank 0 fills the cache, the others find it."""
+        if self.groups.rank > 0:
+            barrier(self.groups.dp)
+        corpus = prepare(self.config.data, self.config.model.vocab_size)
+        if self.groups.rank == 0:
+            barrier(self.groups.dp)
+        return corpus
+
+    def _resume(self) -> state.Position:
+        """Rank 0 finds and verifies the newest good checkpoint; every rank reads its part of that one."""
+        root = self.folder / "checkpoints"
+        saved = open_latest(root, logger.warning) if self.groups.rank == 0 else None
+        step = torch.tensor(saved.state["step"] if saved else 0, device=self.device)
+        all_reduce(step, self.groups.dp)
+        if step == 0:
+            return state.Position()
+        return state.load(self.trainer, saved or open_checkpoint(root / f"step-{int(step)}", verify=False))
+
+    def train(self) -> int:
+        """Step until the end, a signal, or a loss that is no number."""
+        steps, settings = self.config.train.steps, self.config.train
+        shown = (
+            Progress(steps, self.position.step, self.config.telemetry.log_every) if self.recorder else None
+        )
+        with _stop_signals() as stop:
+            while self.position.step < steps:
+                result = self._step()
+                if self.recorder and shown:
+                    routers = dict(self.trainer.model.routers())
+                    max_vio = self.recorder.step(self.position.step, self.position.tokens, result, routers)
+                    shown.update(self.position.step, result.loss, result.tokens / result.seconds, max_vio)
+                if not math.isfinite(result.loss + result.grad_norm):
+                    return self._end_badly(shown)
+                at_end = self.position.step == steps
+                if settings.eval_every and (at_end or self.position.step % settings.eval_every == 0):
+                    self._evaluate(shown)
+                stopping = self._agree(bool(stop))
+                due = settings.save_every and self.position.step % settings.save_every == 0
+                if stopping or due or (at_end and settings.save_every):
+                    self._save()
+                if stopping and not at_end:
+                    return self._leave(shown)
+        self._finish(shown)
+        return DONE
+
+    def _step(self) -> StepResult:
+        config, done = self.config, self.position
+        per_rank = config.train.batch_size // self.groups.layout.dp
+        size = per_rank // config.layout.microbatches
+        first = done.sequences + self.groups.rank * per_rank
+        batches = [self._batch(first + index * size, size) for index in range(config.layout.microbatches)]
+        every = config.telemetry.domains_every
+        result = self.trainer.step(
+            done.step, batches, count_domains=bool(every) and (done.step + 1) % every == 0
+        )
+        read = done.sequences + config.train.batch_size
+        self.position = state.Position(done.step + 1, read, done.tokens + result.tokens)
+        return result
+
+    def _batch(self, first: int, count: int) -> Batch:
+        return self.loader.batch(first, count).to(self.device)
+
+    def _evaluate(self, shown: Progress | None) -> None:
+        config = self.config
+        if not self.validation.sequences_per_epoch:
+            return
+        losses = evaluate(
+            self.trainer.model,
+            self.validation,
+            self.groups,
+            self.corpus.domains,
+            num_sequences=config.train.eval_sequences,
+            batch_size=config.train.batch_size // self.groups.layout.dp // config.layout.microbatches,
+            mask_documents=config.data.mask_documents,
+        )
+        if self.recorder and shown:
+            self.recorder.evaluation(self.position.step, losses)
+            shown.note(f"step {self.position.step}: validation loss {losses['all']:.3f}")
+
+    def _agree(self, wanted: bool) -> bool:
+        """Whether any rank was told to stop."""
+        return bool(all_reduce(torch.tensor(int(wanted), device=self.device), self.groups.dp))
+
+    def _save(self) -> None:
+        state.save(
+            self.trainer, self.folder / "checkpoints", self.position, self.config.train.keep_checkpoints
+        )
+
+    def _end_badly(self, shown: Progress | None) -> int:
+        if shown:
+            shown.close()
+            logger.error(
+                "step %d gave a loss or gradient that is no number: lower `optim.lr` and resume",
+                self.position.step,
+            )
+        return ENDED_BADLY
+
+    def _leave(self, shown: Progress | None) -> int:
+        if shown:
+            shown.note(f"saved at step {self.position.step}; continue with: train run={self.folder.name}")
+            shown.close()
+        return INTERRUPTED
+
+    def _finish(self, shown: Progress | None) -> None:
+        text = self._sample()
+        if self.recorder is None or shown is None:
+            return
+        shown.close()
+        self.recorder.close()
+        if text is not None:
+            replace_file(self.folder / "sample.txt", text.encode())
+        write_report(self.folder)
+        facts = summary(self.folder)
+        width = max(len(name) for name, _ in facts)
+        print("\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in facts), flush=True)
+        if text is not None:
+            print(f"\n  a sample:\n\n{text}", flush=True)
+
+    def _sample(self) -> str | None:
+        settings = self.config.train
+        if not settings.sample_tokens:
+            return None
+        tokenizer = self.corpus.tokenizer
+        prompt = tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids or [self.corpus.eos]
+        context = self.config.data.sequence_length
+        tokens = sample(
+            self.trainer.model,
+            prompt,
+            settings.sample_tokens,
+            self.groups,
+            context=context,
+            seed=settings.seed,
+        )
+        return tokenizer.decode(tokens)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that is filled by SIGINT and SIGTERM instead of ending the process."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

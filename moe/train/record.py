@@ -1,0 +1,94 @@
+"""Writing down what a step gave: rows of `metrics.jsonl` and `expert_load.jsonl` (rank 0)."""
+
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from moe.config import RunConfig
+from moe.model.router import Router
+from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
+from moe.telemetry.sinks import JsonLines, read_rows, trim_after
+from moe.train.step import LayerCounts, StepResult
+
+METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+
+
+class Recorder:
+    """The two files of a run; rows after `step`, left by an attempt that was killed, are removed first."""
+
+    def __init__(self, run: Path, config: RunConfig, domains: tuple[str, ...], step: int) -> None:
+        for name in (METRICS, EXPERT_LOAD):
+            trim_after(run / name, step)
+        self._config, self._domains = config, domains
+        self._window = LoadWindow(config.telemetry.window)
+        self._window.replay(
+            r for r in read_rows(run / EXPERT_LOAD) if r["step"] > step - config.telemetry.window
+        )
+        self._metrics, self._loads = JsonLines(run / METRICS), JsonLines(run / EXPERT_LOAD)
+
+    def step(self, step: int, tokens: int, result: StepResult, routers: Mapping[str, Router]) -> float:
+        """Write the rows of a step (1-based); `tokens` read so far. Returns MaxVio, the mean over layers."""
+        loads = [self._load(step, name, layer, routers[name]) for name, layer in result.layers.items()]
+        mean_max_vio = fmean([row["max_vio"] for row in loads]) if loads else 0.0
+        self._metrics.write(
+            {
+                "step": step,
+                "tokens": tokens,
+                "loss": result.loss,
+                "mtp_loss": result.mtp_loss,
+                "lr": result.learning_rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": result.tokens / result.seconds,
+                "step_seconds": result.seconds,
+                "mfu": None,  # not known without the machine's peak
+                "max_vio": mean_max_vio,
+                "aux_loss": result.auxiliary_loss,
+                "memory_peak_bytes": _memory_peak(),
+            }
+        )
+        for row in loads:
+            self._loads.write(row)
+        return mean_max_vio
+
+    def _load(self, step: int, name: str, layer: LayerCounts, router: Router) -> dict[str, Any]:
+        counts, model = layer.counts.tolist(), self._config.model
+        number = int(name) if name.isdigit() else name
+        self._window.add(number, counts)
+        ranks = len(layer.rows)
+        row: dict[str, Any] = {
+            "step": step,
+            "layer": number,
+            "counts": counts,
+            "max_vio": max_vio(counts),
+            "max_vio_window": self._window.max_vio(number),
+            "entropy": entropy(counts),
+            "dead": dead(counts),
+            "dropped": sum(counts) - int(layer.rows.sum()),
+            "bias": router.bias.tolist(),
+            "rank_rows": layer.rows.view(ranks, ranks, -1).sum(-1).tolist(),
+            "row_bytes": model.hidden_size * (2 if self._config.train.precision == "bf16" else 4),
+        }
+        if layer.domains is not None:
+            counted = zip(self._domains, layer.domains.tolist(), strict=True)
+            row["domains"] = {domain: counts for domain, counts in counted if any(counts)}
+        return row
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write the validation losses after a step, by domain."""
+        for domain, loss in losses.items():
+            self._metrics.write({"step": step, "eval_loss": loss, "domain": domain})
+
+    def close(self) -> None:
+        """Close both files."""
+        self._metrics.close()
+        self._loads.close()
+
+
+def _memory_peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

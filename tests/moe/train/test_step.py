@@ -1,0 +1,171 @@
+"""One optimizer step: the same under every layout, order and memory setting, and counted exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.config import BalanceConfig, LayoutConfig, RunConfig
+from moe.data.corpus import prepare
+from moe.data.loader import Batch, Loader
+from moe.model.transformer import Transformer
+from moe.train.step import StepResult, Trainer, count_by_domain
+from parallel.groups import build_groups, single
+from parallel.layout import Layout
+from tests.ranks import run_ranks
+from tests.small import small_run
+
+
+def steps(config: RunConfig, world_size: int, rank: int, count: int) -> tuple[Trainer, list[StepResult]]:
+    """Train `count` steps on this rank's share of the corpus."""
+    corpus = prepare(config.data, config.model.vocab_size)
+    loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
+    groups = build_groups(Layout(dp=world_size, ep=config.layout.ep)) if world_size > 1 else single()
+    model = Transformer(config.model, config.balance, groups.ep, seed=3)
+    trainer = Trainer(model, config, groups, len(corpus.domains))
+    size = config.train.batch_size // world_size // config.layout.microbatches
+    results = []
+    for step in range(count):
+        first = step * config.train.batch_size + rank * (config.train.batch_size // world_size)
+        batches = [loader.batch(first + i * size, size) for i in range(config.layout.microbatches)]
+        results.append(trainer.step(step, batches, count_domains=True))
+    return trainer, results
+
+
+def facts(trainer: Trainer, results: list[StepResult]) -> dict[str, torch.Tensor]:
+    """Everything a step decides, as tensors."""
+    every = {
+        "loss": torch.tensor([r.loss for r in results]),
+        "mtp_loss": torch.tensor([r.mtp_loss for r in results]),
+        "auxiliary_loss": torch.tensor([r.auxiliary_loss for r in results]),
+        "grad_norm": torch.tensor([r.grad_norm for r in results]),
+    }
+    for name, layer in results[-1].layers.items():
+        assert layer.domains is not None
+        every |= {f"{name} counts": layer.counts, f"{name} domains": layer.domains}
+    return every | {f"{name} bias": router.bias for name, router in trainer.model.routers()}
+
+
+def on_ranks(rank: int, world_size: int, config: RunConfig, count: int) -> dict[str, torch.Tensor]:
+    return facts(*steps(config, world_size, rank, count))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return small_run(tmp_path, num_mtp_layers=1)
+
+
+@pytest.mark.parametrize(("dp", "ep"), [(2, 2), (4, 4), (4, 2), (2, 1)])
+def test_layouts_take_the_same_steps(config: RunConfig, dp: int, ep: int) -> None:
+    """Loss, auxiliary loss (not scaled by ranks), norm (each element once), counts and bias."""
+    balance = replace(config.balance, microbatch_aux=1e-2, global_aux=1e-2)
+    config = replace(config, balance=balance, layout=LayoutConfig(microbatches=4))
+    alone = facts(*steps(config, 1, 0, 5))
+    spread = replace(config, layout=LayoutConfig(dp=dp, ep=ep, microbatches=4 // dp))
+    for found in run_ranks(dp, on_ranks, spread, 5):
+        for name, expected in alone.items():
+            torch.testing.assert_close(
+                found[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("change", ["overlap", "recompute", "again"])
+def test_bit_equal(config: RunConfig, change: str) -> None:
+    """Stepping microbatches in turn, recomputation and a second run change no bit."""
+    other = {
+        "overlap": replace(config, layout=replace(config.layout, overlap=False)),
+        "recompute": replace(config, train=replace(config.train, recompute="full")),
+        "again": config,
+    }[change]
+    first, second = facts(*steps(config, 1, 0, 3)), facts(*steps(other, 1, 0, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulation_changes_no_mean(config: RunConfig) -> None:
+    """One microbatch of 8 and four of 2 sequences: losses and the sequence loss are means over the batch."""
+    one = facts(*steps(replace(config, layout=LayoutConfig(microbatches=1)), 1, 0, 2))
+    four = facts(*steps(replace(config, layout=LayoutConfig(microbatches=4)), 1, 0, 2))
+    for name, expected in one.items():
+        torch.testing.assert_close(four[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def padded(batch: Batch, real: int) -> Batch:
+    valid = batch.valid.clone()
+    valid[:, real:] = False
+    return replace(batch, valid=valid, labels=batch.labels.masked_fill(~valid, -100))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_conservation(config: RunConfig, recompute: str) -> None:
+    """Counts are valid tokens x K in every layer, under accumulation, padding and recomputation."""
+    config = replace(config, train=replace(config.train, recompute=recompute))
+    trainer, _ = steps(config, 1, 0, 0)
+    corpus = prepare(config.data, config.model.vocab_size)
+    loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
+    batches = [padded(loader.batch(4 * i, 4), 20) for i in range(3)]
+    valid = sum(int(b.valid.sum()) for b in batches)
+    result = trainer.step(0, batches, count_domains=True)
+    assert set(result.layers) == {"1", "2", "mtp0"}
+    for name, layer in result.layers.items():
+        ahead = 1 if name == "mtp0" else 0  # the last real token of a sequence has none ahead of it
+        expected = (valid - ahead * 12) * config.model.top_k
+        assert int(layer.counts.sum()) == int(layer.rows.sum()) == expected
+        assert layer.domains is not None
+        assert torch.equal(layer.domains.sum(0), layer.counts)
+    assert result.tokens == valid
+
+
+def test_bias_follows_global_counts(config: RunConfig) -> None:
+    """Every router, MTP's too, moves against its own counts once per step."""
+    trainer, (result,) = steps(config, 1, 0, 1)
+    for name, router in trainer.model.routers():
+        counts = result.layers[name].counts.double()
+        expected = config.balance.bias_rate * torch.sign(counts.mean() - counts)
+        torch.testing.assert_close(router.bias.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bias", ["frozen", "none"])
+def test_frozen_bias_does_not_drift(config: RunConfig, bias: str) -> None:
+    trainer, _ = steps(replace(config, balance=BalanceConfig(bias=bias)), 1, 0, 2)  # type: ignore[arg-type]
+    assert all(not router.bias.any() for _, router in trainer.model.routers())
+
+
+def test_capacity_drops_are_counted(config: RunConfig) -> None:
+    """Dropped assignments stay in the counts; rows say what was sent."""
+    tight = replace(config, model=replace(config.model, capacity_factor=0.5))
+    _, (result,) = steps(tight, 1, 0, 1)
+    for layer in result.layers.values():
+        dropped = int(layer.counts.sum() - layer.rows.sum())
+        assert dropped >= int(layer.counts.sum()) * 0.4
+
+
+def test_no_layer_of_experts(config: RunConfig) -> None:
+    dense = replace(config, model=replace(config.model, num_dense_layers=3, num_mtp_layers=0))
+    _, results = steps(dense, 1, 0, 2)
+    assert results[1].loss < results[0].loss
+    assert results[0].layers == {}
+
+
+def test_bf16_keeps_fp32_masters(config: RunConfig) -> None:
+    """A step too small for bf16 still moves the master."""
+    config = replace(config, optim=replace(config.optim, lr=1e-7, warmup_steps=0, weight_decay=0.0))
+    corpus = prepare(config.data, config.model.vocab_size)
+    model = Transformer(config.model, config.balance, dtype=torch.bfloat16, seed=3)
+    trainer = Trainer(model, config, single(), len(corpus.domains))
+    before = {
+        name: tensor.clone() for name, tensor in trainer.optimizer.state() if name.startswith("master/")
+    }
+    loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
+    trainer.step(0, [loader.batch(0, 8)], count_domains=False)
+    after = dict(trainer.optimizer.state())
+    assert before and all(tensor.dtype == torch.float32 for tensor in before.values())
+    moved = [not torch.equal(before[name], after[name]) for name in before]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def test_count_by_domain() -> None:
+    experts = torch.tensor([[0, 1], [1, 2], [4, 4]])  # the last token is padding
+    domains = torch.tensor([[0, 1, 1]])
+    expected = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]])
+    assert torch.equal(count_by_domain(experts, domains, 2, 4), expected)

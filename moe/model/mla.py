@@ -14,6 +14,8 @@ from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation, softmax_scale
 from parallel.linear import Linear
 
+LATENT_EPS = 1e-6  # of the latents' norms: the release does not read it from its configuration
+
 
 class LatentQuery(nn.Module):
     """Queries through a normalised latent of `q_lora_rank`."""
@@ -21,7 +23,7 @@ class LatentQuery(nn.Module):
     def __init__(self, config: ModelConfig, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.down = Linear(config.hidden_size, rank, dtype)
-        self.norm = RMSNorm(rank, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(rank, LATENT_EPS, dtype)
         self.up = Linear(rank, config.num_heads * config.qk_head_dim, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             self.query = LatentQuery(config, config.q_lora_rank, dtype)
         self.kv_down = Linear(config.hidden_size, latent + config.qk_rope_head_dim, dtype)
-        self.kv_norm = RMSNorm(latent, config.rms_norm_eps, dtype)
+        self.kv_norm = RMSNorm(latent, LATENT_EPS, dtype)
         self.kv_up = Linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
         self.out = Linear(heads * config.v_head_dim, config.hidden_size, dtype)
 

@@ -1,0 +1,31 @@
+"""What tensors a model has under canonical names: its parameters, and the selection biases of its routers."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.model.transformer import Transformer
+from parallel.shards import canonical_parameters
+
+
+def is_bias(name: str) -> bool:
+    """Whether a canonical name is a router's selection bias, fp32 in every file."""
+    return name.endswith(".router.bias")
+
+
+def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, writable view) of all that a model file holds; only this rank's experts."""
+    yield from canonical_parameters(model)
+    for name, buffer in model.named_buffers():
+        if is_bias(name):
+            yield name, buffer
+
+
+def complete(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every canonical tensor of a released file with its shape, over all ranks. V2 files hold no bias."""
+    with torch.device("meta"):
+        model = Transformer(config, seed=None)
+    with_bias = config.score_function == "sigmoid"
+    return {name: tensor.shape for name, tensor in model_tensors(model) if with_bias or not is_bias(name)}

@@ -1,0 +1,180 @@
+"""Reading released weights into a model: tensor by tensor, each rank only what it holds.
+
+A file is memory-mapped and a tensor is copied straight to its place, so that no more than one tensor
+is held beside the model. All names and shapes are checked before the first is read.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe.hf import names
+from moe.hf.config import from_hf, lost_from_hf
+from moe.hf.inventory import complete, is_bias, model_tensors
+from moe.model.transformer import Transformer
+from parallel.collectives import Group
+from parallel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Stored(NamedTuple):
+    path: Path
+    handle: Any
+
+
+def open_model(folder: Path, *, group: Group = None, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of a folder with `config.json` and safetensors; what it cannot keep is logged.
+
+    MTP modules that the configuration counts but the files lack (transformers saves none) are left out.
+    """
+    config_json = _read_json(folder / "config.json", "a Hugging Face model folder has one")
+    for sentence in lost_from_hf(config_json):
+        logger.warning("%s: %s", folder, sentence)
+    config, balance = from_hf(config_json)
+    with ExitStack() as stack:
+        stored = _open_files(folder, stack)
+    present = [
+        names.to_hf(f"mtp.{k}.projection.weight", config.num_layers)[0] for k in range(config.num_mtp_layers)
+    ]
+    num_mtp_layers = sum(name in stored for name in present)
+    if num_mtp_layers < config.num_mtp_layers:
+        logger.warning(
+            "%s: config.json counts %d MTP modules, but the files hold %d: the others are left out",
+            folder,
+            config.num_mtp_layers,
+            num_mtp_layers,
+        )
+        config = dataclasses.replace(config, num_mtp_layers=num_mtp_layers)
+    model = Transformer(config, balance, group, dtype, seed=None)
+    load(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load(model: Transformer, folder: Path) -> None:
+    """Fill a model from `model.safetensors`, or the sharded set and its index, in a folder.
+
+    Values are cast to the model's dtypes; biases stay fp32. UserError, naming file and tensor, for
+    anything missing, unexpected or of another shape.
+    """
+    with ExitStack() as stack:
+        stored = _open_files(folder, stack)
+        _check_names(model, folder, stored)
+        for name, target in _targets(model):
+            if name not in stored:
+                raise UserError(
+                    f"`{folder}` must hold the tensor `{name}`, but lacks it: copy the whole model again "
+                    "or use the configuration it was saved with"
+                )
+            path, handle = stored[name]
+            shape = tuple(handle.get_slice(name).get_shape())
+            if shape != target.shape:
+                raise UserError(
+                    f"`{name}` in `{path}` must have shape {tuple(target.shape)}, but has {shape}: "
+                    "use the configuration that the weights were trained with"
+                )
+        for name, target in _targets(model):
+            target.copy_(stored[name].handle.get_tensor(name))
+    _settle_biases(model, folder)
+
+
+def _targets(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(released name, place) of every tensor that this rank reads."""
+    for name, tensor in model_tensors(model):
+        if is_bias(name) and model.config.score_function == "softmax":
+            continue
+        parts = names.to_hf(name, model.config.num_layers)
+        yield from zip(parts, tensor.chunk(len(parts)), strict=True)
+
+
+def _settle_biases(model: Transformer, folder: Path) -> None:
+    for layer, router in model.routers():
+        if model.config.score_function == "softmax":
+            router.bias.zero_()  # a V2 file has none
+        elif router.balance.bias == "none" and router.bias.any():
+            raise UserError(
+                f"`balance.bias` must be update or frozen for `{folder}`, since layer {layer} has a bias, "
+                "but is none: set `balance.bias=frozen`"
+            )
+
+
+def _check_names(model: Transformer, folder: Path, stored: dict[str, _Stored]) -> None:
+    """Nothing in the files may go unread but copies, tables of RoPE, and MTP modules that were not built."""
+    config, known = model.config, complete(model.config)
+    for name, (path, _) in stored.items():
+        found = names.from_hf(name, config.num_layers)
+        if names.carries_nothing(name, config.num_layers) or (found is not None and found[0] in known):
+            continue
+        if (
+            found is not None
+            and found[0].startswith("mtp.")
+            and int(found[0].split(".")[1]) >= config.num_mtp_layers
+        ):
+            continue
+        raise UserError(
+            f"`{path}` must hold only tensors of the configured model, but has `{name}`: "
+            "use the configuration that the weights were trained with"
+        )
+
+
+def _open_files(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
+    """Every tensor's file and open handle."""
+    if (folder / INDEX).exists():
+        index = _read_json(folder / INDEX, "it lists the shards").get("weight_map", {})
+    elif (folder / SINGLE).exists():
+        index = {}
+    else:
+        shards = len(list(folder.glob("*.safetensors")))
+        problem = f"has {shards} safetensors files but neither" if shards else "has neither"
+        raise UserError(
+            f"`{folder}` must hold {SINGLE} or {INDEX}, but {problem}: copy the whole model again"
+        )
+    stored: dict[str, _Stored] = {}
+    for file in sorted(set(index.values())) or [SINGLE]:
+        path = folder / file
+        handle = stack.enter_context(_open_file(path))
+        stored.update(dict.fromkeys(handle.keys(), _Stored(path, handle)))
+    for name, file in index.items():
+        if name not in stored:
+            raise UserError(
+                f"`{folder / file}` must hold `{name}` as {INDEX} says, but does not: copy both again"
+            )
+    return stored
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(
+            f"`{path}` is listed in {INDEX}, but does not exist: copy the whole model again"
+        ) from None
+    except SafetensorError as error:
+        raise UserError(
+            f"`{path}` must be a whole safetensors file, but is not ({error}): copy it again"
+        ) from None
+
+
+def _read_json(path: Path, purpose: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"`{path}` must exist ({purpose}), but does not: copy the whole model again"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"`{path}` must be JSON, but is not ({error}): copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"`{path}` must be a JSON object, but is {type(value).__name__}: copy it again")
+    return value

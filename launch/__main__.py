@@ -1,0 +1,129 @@
+"""The command line: `switchyard COMMAND`, `python -m launch COMMAND`.
+
+A command is a row of `COMMANDS`; its module is imported when it is called, so that `--help` costs
+nothing. Whatever a user can mend arrives as a `UserError` and leaves as one sentence and exit code 2;
+everything else is a defect of ours and keeps its traceback.
+"""
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A row of the table. `target` is `module:function`, from the arguments to the exit code."""
+
+    target: str
+    usage: str
+    does: str
+    details: str
+    example: str
+
+    def call(self, arguments: Sequence[str]) -> int:
+        """Import the command's module and run it."""
+        module, function = self.target.split(":")
+        return int(getattr(importlib.import_module(module), function)(list(arguments)))
+
+
+COMMANDS = {
+    "train": Command(
+        target="launch.train:main",
+        usage="train [recipe=NAME] [run=NAME] [KEY=VALUE ...] [--dry-run]",
+        does="train a model, or resume a run",
+        details=(
+            "recipe=NAME  a file of recipes/, or a path to a YAML file (default: tiny)\n"
+            "run=NAME     the folder under runs/; an existing run is resumed from its saved settings\n"
+            "KEY=VALUE    overrides any setting, as in Hydra: optim.lr=3e-4, data.paths=[a,b]\n"
+            "--dry-run    prints the settings and the launch, and starts nothing\n\n"
+            "Starts one process per rank of the layout, unless torchrun or srun already did. Ctrl-C saves,\n"
+            "and `run=NAME` goes on from there; a second Ctrl-C stops at once."
+        ),
+        example="switchyard train recipe=tiny run=first layout.ep=2 train.steps=200",
+    ),
+    "test": Command(
+        target="launch.checks:main",
+        usage="test [PYTEST ARGUMENTS]",
+        does="check lint, format and types, and run the tests",
+        details="With arguments, only pytest runs, and gets them.",
+        example="switchyard test tests/launch -k resume",
+    ),
+    "bench balance": Command(
+        target="launch.bench.balance:main",
+        usage="bench balance [--steps N] [--json FILE]",
+        does="measure how the balancing methods keep experts evenly loaded",
+        details=(
+            "Trains twice from one skewed start, with the selection bias and without it.\n\n"
+            "--steps N    of each run (default: 200)\n"
+            "--json FILE  writes the rows for machines"
+        ),
+        example="switchyard bench balance --json balance.json",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (see the contract: 0, 1, 2 or 130)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _set_up_logging()
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"switchyard: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter would complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _set_up_logging() -> None:
+    """Warnings as plain lines on stderr, from the first rank only: the others would repeat them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("switchyard: %(message)s"))
+    handler.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview(list(COMMANDS)))
+        return 0
+    for name, command in COMMANDS.items():
+        length = len(name.split())
+        if words[:length] == name.split():
+            rest = words[length:]
+            if "-h" in rest or "--help" in rest:
+                print(_help(command))
+                return 0
+            return command.call(rest)
+    members = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if members and words[1:] in ([], ["-h"], ["--help"]):
+        print(_overview(members))
+        return 0
+    asked = " ".join(words[:2]) if members else words[0]
+    nearest = difflib.get_close_matches(asked, members or list(COMMANDS), n=1, cutoff=0.0)[0]
+    raise UserError(f"there is no command `{asked}`: did you mean `{nearest}`?")
+
+
+def _overview(names: Sequence[str]) -> str:
+    rows = "\n".join(f"  {name:<16}{COMMANDS[name].does}" for name in names)
+    return f"usage: switchyard COMMAND [ARGUMENTS]\n\n{rows}\n\n`switchyard COMMAND --help` says more."
+
+
+def _help(command: Command) -> str:
+    does = command.does[0].upper() + command.does[1:]
+    return f"usage: switchyard {command.usage}\n\n{does}.\n\n{command.details}\n\nexample: {command.example}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

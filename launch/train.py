@@ -1,0 +1,174 @@
+"""`switchyard train`: decide what to run, once; then be, or start, the ranks that run it.
+
+Started plainly, this process composes the settings, prepares the data, writes the run's folder and
+starts a process per rank, which reads that folder. Under torchrun or srun the ranks are there already:
+rank 0 decides in the same way and tells the others. `python -m launch.train` is the same command.
+"""
+
+import itertools
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from launch import compose
+from launch.ranks import Meeting, Ranks, started_ranks
+from moe.config import RunConfig
+from moe.data.corpus import prepare
+from moe.rules import validate
+from moe.telemetry.sinks import replace_file
+from parallel.errors import UserError
+from parallel.layout import Layout
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG, RECIPE = "config.yaml", "recipe.txt"  # in the folder of a run
+PARTING = timedelta(seconds=5)  # how far apart ranks may come to the same end
+AS_RANK = "--as-rank-of"  # the folder of the run; how this command starts itself once per rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to run, and where: `folder` exists already when the run is resumed."""
+
+    config: RunConfig
+    layout: Layout
+    recipe: str
+    folder: Path
+    resumes: bool
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, and return the exit code: 0 done, 1 ended badly, 2 the user's input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins, like Ctrl-C
+    if arguments[:1] == [AS_RANK]:
+        folder = Path(arguments[1])
+        return _be_rank(compose.read_yaml(folder / CONFIG), folder, Meeting())
+    ranks = started_ranks()
+    if "--dry-run" in arguments:
+        plan = make_plan([a for a in arguments if a != "--dry-run"], ranks.world_size if ranks else None)
+        if ranks is None or ranks.rank == 0:
+            print(describe(plan))
+        return 0
+    return _join_ranks(arguments, ranks) if ranks else _start_here(arguments)
+
+
+def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
+    """Compose and check the settings and choose the run's folder; touches nothing on disk."""
+    named, overrides = compose.take(arguments, ("recipe", "run"))
+    recipe = named.get("recipe", "tiny")
+    config = compose.from_recipe(recipe, overrides)
+    runs = Path(config.launch.runs)
+    run = named.get("run") or new_run_name(runs, recipe)
+    if run in (".", "..") or "/" in run:
+        raise UserError(f"`run` must be the name of a folder, but is {run!r}: set `launch.runs` to place it")
+    folder = runs / run
+    resumes = folder.exists()
+    if resumes:
+        recipe = _saved_recipe(folder, named.get("recipe"))
+        config = compose.from_saved(folder / CONFIG, overrides)
+    layout = validate(config, world_size)
+    return Plan(config=config, layout=layout, recipe=recipe, folder=folder, resumes=resumes)
+
+
+def new_run_name(runs: Path, recipe: str) -> str:
+    """The recipe's name, or with `-2`, `-3`... after it, so that no run of that name exists yet."""
+    name = Path(recipe).stem
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if not (runs / n).exists())
+
+
+def _saved_recipe(folder: Path, wanted: str | None) -> str:
+    for name in (CONFIG, RECIPE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} exists but holds no {name}: choose another `run=` or remove the folder"
+            )
+    saved = (folder / RECIPE).read_text(encoding="utf-8").strip()
+    if wanted not in (None, saved):
+        raise UserError(
+            f"run `{folder.name}` was begun from recipe `{saved}`, not `{wanted}`: leave `recipe=` out to "
+            "resume it, or choose another `run=`"
+        )
+    return saved
+
+
+def describe(plan: Plan) -> str:
+    """The settings as YAML, with the run and its launch in comments above."""
+    what = "resumed" if plan.resumes else "new"
+    command = shlex.join(_rank_command(plan.folder))
+    return (
+        f"# run {plan.folder} ({what}), recipe {plan.recipe}\n"
+        f"# launch {plan.layout.world_size} x {command}\n{compose.write_yaml(plan.config)}"
+    ).rstrip()
+
+
+def _rank_command(folder: Path) -> list[str]:
+    # -P keeps whatever lies in the current folder from standing in for a module; a checkout that is
+    # not installed is found only there.
+    path = [] if Path.cwd() == ROOT else ["-P"]
+    return [sys.executable, *path, "-m", "launch", "train", AS_RANK, str(folder)]
+
+
+def _start_here(arguments: Sequence[str]) -> int:
+    plan = make_plan(arguments)
+    _begin(plan)
+    from launch.local import start_ranks  # imports torch
+
+    return start_ranks(plan.layout.world_size, _rank_command(plan.folder), plan.config.launch.threads)
+
+
+def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
+    meeting = Meeting()
+    if ranks.rank > 0:
+        decision = meeting.listen()
+        if "error" in decision:  # rank 0 prints it
+            return 2
+        return _be_rank(compose.parse_yaml(decision["config"]), Path(decision["folder"]), meeting)
+    try:
+        plan = make_plan(arguments, ranks.world_size)
+        _begin(plan)
+    except UserError as error:
+        meeting.announce({"error": str(error)})
+        raise
+    meeting.announce({"folder": str(plan.folder), "config": compose.write_yaml(plan.config)})
+    return _be_rank(plan.config, plan.folder, meeting)
+
+
+def _begin(plan: Plan) -> None:
+    """Prepare the data, then write the run's folder: a mistake in the data leaves no folder behind."""
+    prepare(plan.config.data, plan.config.model.vocab_size, print)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=plan.resumes)
+        replace_file(plan.folder / RECIPE, f"{plan.recipe}\n".encode())
+        replace_file(plan.folder / CONFIG, compose.write_yaml(plan.config).encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {plan.folder} ({error.strerror}): set `run=` or `launch.runs`"
+        ) from None
+
+
+def _be_rank(config: RunConfig, folder: Path, meeting: Meeting) -> int:
+    from torch import set_num_threads
+
+    from moe.train.loop import train
+
+    if config.launch.threads is not None:  # torchrun and srun know nothing of this setting
+        set_num_threads(config.launch.threads)
+    try:
+        code = train(config, folder)
+    except UserError as error:
+        if meeting.is_first(str(error)):
+            print(f"switchyard: {error}", file=sys.stderr)
+        code = 2
+    if code != 0:
+        meeting.part(PARTING)
+    return code
+
+
+if __name__ == "__main__":
+    from launch.__main__ import main as command_line
+
+    sys.exit(command_line(["train", *sys.argv[1:]]))

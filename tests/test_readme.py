@@ -1,0 +1,82 @@
+"""Every command and program that the README shows runs; training at a size that takes seconds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small import write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+SMALL = [
+    *("model.hidden_size=32", "model.intermediate_size=32", "model.moe_intermediate_size=16"),
+    *("model.num_layers=2", "model.num_heads=2", "model.kv_lora_rank=16", "data.sequence_length=32"),
+    *("train.steps=2", "train.eval_sequences=8", "train.sample_tokens=2"),
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks, without comments, as it stands there."""
+    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader would have it: notes, chats, and whatever earlier commands left."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "notes").mkdir()
+    for name in ("one.txt", "two.md"):
+        (folder / "notes" / name).write_text((ROOT / "README.md").read_text())
+    write_corpus(folder / "chats.jsonl")
+    return folder
+
+
+def runnable(command: str) -> list[str]:
+    """The same command through this interpreter, shrunk."""
+    words = shlex.split(command)
+    python = {"./switchyard": ["-m", "launch"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
+    words = [sys.executable, *python, *words[1:]]
+    if "train" in words or "launch.train" in words:
+        return words + SMALL
+    return [*words, "--steps", "2"] if "bench" in words else words
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, place: Path) -> None:
+    if command == "./switchyard test":
+        assert "./switchyard test" in (ROOT / ".ci" / "run").read_text()  # it is what runs this test
+        return
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        runnable(command), cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", blocks("python"))
+def test_program(program: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 16, 64])" in done.stdout
+
+
+def test_files_named_exist() -> None:
+    """Tests and pictures that the README points to are there."""
+    named = re.findall(r"`(tests/[\w/.]+)`", README) + re.findall(r"\]\((\w[\w/.]*)\)", README)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -33,6 +33,7 @@ from moe.train.sample import sample
 from moe.train.step import StepResult, Trainer
 from parallel.checkpoint import open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
+from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
 
 DONE, ENDED_BADLY, INTERRUPTED = 0, 1, 130
@@ -105,12 +106,19 @@ class _Run:
     def _resume(self) -> state.Position:
         """Rank 0 finds and verifies the newest good checkpoint; every rank reads its part of that one."""
         root = self.folder / "checkpoints"
-        saved = open_latest(root, logger.warning) if self.groups.rank == 0 else None
-        step = torch.tensor(saved.state["step"] if saved else 0, device=self.device)
-        all_reduce(step, self.groups.dp)
+        step, saved = 0, None
+        if self.groups.rank == 0:
+            try:
+                saved = open_latest(root, logger.warning)
+                step = saved.state["step"] if saved else 0
+            except UserError:
+                step = -1
+        step = int(all_reduce(torch.tensor(step, device=self.device), self.groups.dp))
+        if step < 0:  # every rank finds what rank 0 found, and leaves by itself
+            open_latest(root, logger.warning)
         if step == 0:
             return state.Position()
-        return state.load(self.trainer, saved or open_checkpoint(root / f"step-{int(step)}", verify=False))
+        return state.load(self.trainer, saved or open_checkpoint(root / f"step-{step}", verify=False))
 
     def train(self) -> int:
         """Step until the end, a signal, or a loss that is no number."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *arguments: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """`switchyard train` in a session of its own, so that a test can end all of it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -50,7 +51,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
         env=environment,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
 
 
@@ -101,6 +102,20 @@ def test_sigkill_loses_nothing(place: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     assert start(place, "run=killed").wait(timeout=120) == 0
     assert_equal_runs(place, "killed")
+
+
+def test_only_broken_checkpoints(place: Path) -> None:
+    """Resuming finds nothing to resume from: one sentence, exit code 2, and the run is left as it was."""
+    shutil.copytree(place / "runs" / "whole", place / "runs" / "ruined")
+    for file in (place / "runs" / "ruined" / "checkpoints").glob("*/rank-00000.safetensors"):
+        file.write_bytes(b"nothing")
+    process = start(place, "run=ruined", "train.steps=20", stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    lines = [line for line in said.decode().splitlines() if "using an earlier one" not in line]
+    assert len(lines) == 1
+    assert "is broken (rank-00000.safetensors does not match its checksum)" in lines[0]
+    assert rows(place, "ruined", "metrics.jsonl") == rows(place, "whole", "metrics.jsonl")
 
 
 def test_interrupt_saves_and_leaves(place: Path) -> None:

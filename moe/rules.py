@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -75,6 +77,7 @@ def unknown_key(key: str, known: typing.Iterable[str]) -> UserError:
 
 def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     """Check the rules between fields and return the layout. `world_size`: ranks that were started."""
+    _validate_ranges(config)
     _validate_model(config.model)
     layout = _layout(config, world_size)
     model, batch = config.model, config.train.batch_size
@@ -95,7 +98,6 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
             f"`data.sequence_length` must not exceed `model.max_context`, but {config.data.sequence_length} "
             f"> {model.max_context}: shorten the sequences or raise the context"
         )
-    _validate_ranges(config)
     return layout
 
 
@@ -145,46 +147,37 @@ def _validate_model(model: ModelConfig) -> None:
         )
 
 
+_POSITIVE = (
+    *("model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads", "model.num_experts"),
+    *("model.intermediate_size", "model.moe_intermediate_size", "model.num_groups", "model.capacity_factor"),
+    *("model.q_lora_rank", "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim"),
+    *("model.v_head_dim", "model.rope.factor", "model.rope.theta", "model.rms_norm_eps"),
+    *("data.sequence_length", "layout.dp", "layout.ep", "layout.microbatches"),
+    *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
+    *("telemetry.window", "telemetry.log_every", "launch.threads"),
+)
+_NOT_NEGATIVE = (
+    *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),
+    *("balance.bias_rate", "balance.bias_freeze_step", "balance.bias_clamp", "balance.sequence_aux"),
+    *("balance.microbatch_aux", "balance.global_aux", "optim.warmup_steps", "optim.clip_norm"),
+    *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every"),
+    *("train.eval_sequences", "train.sample_tokens", "telemetry.domains_every"),
+)
+_SHARE = (
+    *("data.validation_fraction", "optim.min_lr_ratio", "optim.decay_fraction"),
+    *("optim.beta1", "optim.beta2"),
+)
+
+
 def _validate_ranges(config: RunConfig) -> None:
-    positive = {
-        "model.vocab_size": config.model.vocab_size,
-        "model.hidden_size": config.model.hidden_size,
-        "model.num_layers": config.model.num_layers,
-        "model.num_heads": config.model.num_heads,
-        "model.intermediate_size": config.model.intermediate_size,
-        "model.moe_intermediate_size": config.model.moe_intermediate_size,
-        "data.sequence_length": config.data.sequence_length,
-        "layout.microbatches": config.layout.microbatches,
-        "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size,
-        "optim.lr": config.optim.lr,
-        "telemetry.window": config.telemetry.window,
-        "telemetry.log_every": config.telemetry.log_every,
-    }
-    not_negative = {
-        "model.num_dense_layers": config.model.num_dense_layers,
-        "model.num_mtp_layers": config.model.num_mtp_layers,
-        "model.num_shared_experts": config.model.num_shared_experts,
-        "balance.bias_rate": config.balance.bias_rate,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.clip_norm": config.optim.clip_norm,
-        "train.save_every": config.train.save_every,
-        "train.eval_every": config.train.eval_every,
-        "telemetry.domains_every": config.telemetry.domains_every,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"`{name}` must be greater than 0, but is {value}: use a positive number")
-    for name, value in not_negative.items():
-        if value < 0:
-            raise UserError(f"`{name}` must not be negative, but is {value}: use 0 or more")
-    if config.train.keep_checkpoints < 1:
-        raise UserError(
-            f"`train.keep_checkpoints` must be at least 1, but is {config.train.keep_checkpoints}: "
-            "keep one, or set `train.save_every=0`"
-        )
-    if not 0 <= config.data.validation_fraction < 1:
-        raise UserError(
-            "`data.validation_fraction` must lie in [0, 1), but is "
-            f"{config.data.validation_fraction}: use 0.05 for one document in twenty"
-        )
+    """Every number on its own; a null field is left to its meaning."""
+    rules = (
+        (_POSITIVE, lambda value: value > 0, "be greater than 0", "use a positive number"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "not be negative", "use 0 or more"),
+        (_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1", "use a share such as 0.05"),
+    )
+    for names, holds, rule, remedy in rules:
+        for name in names:
+            value: Any = functools.reduce(getattr, name.split("."), config)
+            if value is not None and not (holds(value) and math.isfinite(value)):
+                raise UserError(f"`{name}` must {rule}, but is {value}: {remedy}")

@@ -66,7 +66,8 @@ def save(
     rank, ranks = group_rank(group), group_size(group)
     partial, final = root / f".step-{step}.partial", root / f"step-{step}"
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in root.glob(".step-*.partial"):  # of saves that were interrupted
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     barrier(group)
     path = partial / f"rank-{rank:05d}.safetensors"
@@ -76,7 +77,7 @@ def save(
     barrier(group)
     if rank == 0:
         _finish(partial, final, ranks, {"step": step, "state": dict(state)})
-        _prune(root, keep)
+        _prune(root, step, keep)
     barrier(group)
     return final
 
@@ -97,9 +98,11 @@ def _finish(partial: Path, final: Path, ranks: int, index: dict[str, Any]) -> No
     _sync_folder(final.parent)
 
 
-def _prune(root: Path, keep: int) -> None:
-    for step in steps(root)[:-keep]:
-        shutil.rmtree(root / f"step-{step}")
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Keep the last checkpoints up to `step`; later ones are of a future that the run went back from."""
+    kept = [each for each in steps(root) if each <= step][-keep:]
+    for each in set(steps(root)).difference(kept):
+        shutil.rmtree(root / f"step-{each}")
 
 
 def steps(root: Path) -> list[int]:

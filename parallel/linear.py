@@ -110,8 +110,14 @@ class GroupedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.first = first
         self.weight = nn.Parameter(torch.empty(num_local, num_outputs, num_inputs, dtype=dtype))
         mark_experts(self.weight, first)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied parameter has lost its mark, without which its gradient would be reduced as dense."""
+        super().__setstate__(state)
+        mark_experts(self.weight, self.first)
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-_STACK = ".experts."
-
 
 def mark_experts(parameter: nn.Parameter, first: int) -> None:
     """Record that axis 0 of a parameter runs over this rank's experts, beginning with expert `first`."""
@@ -26,10 +24,10 @@ def canonical(name: str, parameter: Tensor, tensor: Tensor) -> Iterator[tuple[st
     if not is_expert(parameter):
         yield name, tensor
         return
-    head, _, tail = name.rpartition(_STACK)
-    assert head, f"{name} is stacked by expert, but its name has no {_STACK}"
+    head, stack, tail = name.rpartition("experts.")
+    assert stack, f"{name} is stacked by expert, but its name has no `experts`"
     for index in range(tensor.shape[0]):
-        yield f"{head}{_STACK}{parameter.first_expert + index}.{tail}", tensor[index]  # type: ignore[attr-defined]
+        yield f"{head}{stack}{parameter.first_expert + index}.{tail}", tensor[index]  # type: ignore[attr-defined]
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -40,9 +40,10 @@ def auxiliary_loss(router: "Router", scores: Tensor, chosen: Tensor, valid: Tens
     if balance.sequence_aux:
         f_BE, p_BE = hits_BE * per_hit / tokens_B[:, None], share_BE / tokens_B[:, None]
         total = total + balance.sequence_aux * (f_BE * p_BE).sum(-1).mean()
-    mean_E = share_BE.sum(0) / tokens_B.sum()
+    tokens = valid.sum().clamp_min(1)
+    mean_E = share_BE.sum(0) / tokens
     if balance.microbatch_aux:
-        f_E = hits_BE.sum(0) * per_hit / tokens_B.sum()
+        f_E = hits_BE.sum(0) * per_hit / tokens
         total = total + balance.microbatch_aux * (f_E * mean_E).sum()
     if balance.global_aux:
         last_E = router.last_counts

@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = MultiHeadLatentAttention(config, dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.moe = MoELayer(config, balance, group, dtype) if is_moe else None
+        self.moe = MoELayer(config, balance, group, dtype, seed=None) if is_moe else None
         self.mlp = None if is_moe else SwiGLU(config.hidden_size, config.intermediate_size, dtype)
 
     def phases(

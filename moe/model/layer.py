@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.dispatch import Delivery, Plan, announce, deliver, make_plan, take_rows, weighted_sum
 from moe.model.experts import Experts
+from moe.model.init import init_weights
 from moe.model.mlp import SwiGLU
 from moe.model.router import Router, Routing
 from parallel.collectives import Group, group_rank, group_size
-from parallel.pipeline.overlap import run
-from parallel.pipeline.tape import Direct, Recorder
+from parallel.pipeline.tape import Direct, Recorder, run
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class MoELayer(nn.Module):
         balance: BalanceConfig | None = None,
         group: Group = None,
         dtype: torch.dtype = torch.float32,
+        seed: int | None = 0,
     ) -> None:
+        """With `seed` None the weights are left uninitialised, for the model to fill."""
         super().__init__()
         self.config, self.group = config, group
         num_local = config.num_experts // group_size(group)
@@ -51,6 +53,8 @@ class MoELayer(nn.Module):
         self.experts = Experts(config, num_local, group_rank(group) * num_local, dtype)
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, shared_width, dtype) if shared_width else None
+        if seed is not None:
+            init_weights(self, config.init_std, seed)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D], through ordinary autograd; auxiliary losses are left out."""

@@ -20,6 +20,8 @@ from parallel.collectives import Group
 from parallel.linear import Linear
 from parallel.pipeline.tape import Recorder
 
+IGNORE = -100  # a label that is not predicted
+
 
 class MTPModule(nn.Module):
     """Embedding and head are the main model's."""
@@ -44,6 +46,14 @@ class MTPModule(nn.Module):
 
     def _join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         return self.projection(torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), -1))
+
+
+def mtp_targets(labels: Tensor, documents: Tensor | None, depth: int) -> Tensor:
+    """Labels [B, S] of module `depth`; IGNORE where it has none, or would have to cross into a document."""
+    targets = ahead(labels, depth, IGNORE)
+    if documents is None:
+        return targets
+    return targets.masked_fill(ahead(documents, depth, -1) != documents, IGNORE)
 
 
 def ahead(values: Tensor, steps: int, fill: int | bool) -> Tensor:

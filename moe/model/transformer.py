@@ -17,16 +17,13 @@ from moe.model.block import Block, Surroundings
 from moe.model.init import init_weights
 from moe.model.layer import LayerLoad
 from moe.model.mla import document_mask
-from moe.model.mtp import MTPModule, ahead
+from moe.model.mtp import IGNORE, MTPModule, ahead, mtp_targets
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
 from moe.model.router import Router
 from parallel.collectives import Group
 from parallel.linear import linear
-from parallel.pipeline.overlap import run
-from parallel.pipeline.tape import Direct, Recorder
-
-IGNORE = -100  # a label that is not predicted
+from parallel.pipeline.tape import Direct, Recorder, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,7 @@ class Transformer(nn.Module):
             valid = ahead(batch.valid, depth, False)
             embedded = tape.compute(self.embedding, ahead(batch.tokens, depth, 0))
             hidden, load = yield from module.phases(tape, hidden, embedded, around, valid)
-            labels = ahead(batch.labels, depth, IGNORE)
+            labels = mtp_targets(batch.labels, batch.documents, depth)
             total, further = tape.compute(self._normed_losses, module.norm, hidden, labels)
             tape.root(total, batch.loss_weights[depth])
             mtp_losses.append(further)

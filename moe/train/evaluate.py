@@ -3,11 +3,11 @@
 import torch
 
 from moe.data.loader import Loader
-from moe.model.transformer import IGNORE, Microbatch, Transformer
+from moe.model.mtp import IGNORE
+from moe.model.transformer import Microbatch, Transformer
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
-from parallel.pipeline.overlap import run
-from parallel.pipeline.tape import Direct
+from parallel.pipeline.tape import Direct, run
 
 
 @torch.no_grad()

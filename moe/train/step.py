@@ -16,8 +16,8 @@ from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.model.balance import bias_rate, update_bias
 from moe.model.layer import LayerLoad
-from moe.model.mtp import ahead
-from moe.model.transformer import IGNORE, Microbatch, Outcome, Transformer
+from moe.model.mtp import IGNORE, mtp_targets
+from moe.model.transformer import Microbatch, Outcome, Transformer
 from moe.train.optim import Optimizer, learning_rate
 from parallel.collectives import all_reduce
 from parallel.gradients import GradientBuffers, parameter_sets
@@ -94,8 +94,10 @@ class Trainer:
 
     def _count_labels(self, batches: Sequence[Batch]) -> tuple[list[int], int]:
         """Labels of the global batch for the next token and for each MTP module, and its real tokens."""
-        depths = range(1 + len(self.model.mtp))
-        counts = [sum(int((ahead(b.labels, k, IGNORE) != IGNORE).sum()) for b in batches) for k in depths]
+        counts = [
+            sum(int((mtp_targets(b.labels, self._documents(b), depth) != IGNORE).sum()) for b in batches)
+            for depth in range(1 + len(self.model.mtp))
+        ]
         counts.append(sum(int(batch.valid.sum()) for batch in batches))
         *labels, tokens = all_reduce(
             torch.tensor(counts, device=batches[0].tokens.device), self.groups.dp
@@ -109,10 +111,13 @@ class Trainer:
             tokens=batch.tokens,
             labels=batch.labels,
             valid=batch.valid,
-            documents=batch.documents if self.config.data.mask_documents else None,
+            documents=self._documents(batch),
             loss_weights=tuple(weight / max(1, count) for weight, count in zip(weights, labels, strict=True)),
             auxiliary_share=1.0 / (num_local * self.groups.layout.dp),
         )
+
+    def _documents(self, batch: Batch) -> Tensor | None:
+        return batch.documents if self.config.data.mask_documents else None
 
     def _mean_losses(self, outcomes: Sequence[Outcome], labels: list[int]) -> list[float]:
         """Global means: next-token loss, mean MTP loss, auxiliary loss summed over layers."""

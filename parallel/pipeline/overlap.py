@@ -3,18 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from parallel.pipeline.tape import Steps, Tape
+from parallel.pipeline.tape import Steps, Tape, run
 
 Value = TypeVar("Value")
-
-
-def run(steps: Steps) -> Any:
-    """Step a generator to its end and return what it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
 
 
 def run_pair(first: Steps, second: Steps) -> tuple[Any, Any]:

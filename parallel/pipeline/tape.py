@@ -22,6 +22,15 @@ from parallel.collectives import Splits, Wire, all_to_all, start_all_to_all
 Steps = Generator[None, None, Any]
 
 
+def run(steps: Steps) -> Any:
+    """Step a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
 class Arrival(Protocol):
     """Rows that will be here."""
 
@@ -102,10 +111,10 @@ class Tape:
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a phase on leaves and record it. With recomputation its graph is thrown away."""
-        with torch.set_grad_enabled(not self._recompute):
+        with torch.enable_grad():
             returned = function(*inputs)
         values = returned if isinstance(returned, tuple) else (returned,)
-        results = [v for v in values if self._differentiable(v)]
+        results = _differentiable(values)
         leaves = {id(v): v.detach().requires_grad_() for v in results}
         sources = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
         graph = None if self._recompute else results
@@ -113,11 +122,6 @@ class Tape:
         self._records.append(_Compute(function, kept, sources, [leaves[id(v)] for v in results], graph))
         passed = tuple(leaves.get(id(v), v) for v in values)
         return passed if isinstance(returned, tuple) else passed[0]
-
-    def _differentiable(self, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        return value.is_floating_point() if self._recompute else value.requires_grad
 
     def exchange(self, rows: Tensor, splits: Splits) -> Arrival:
         """Put rows on the wire; recorded when they have arrived."""
@@ -165,17 +169,23 @@ class Tape:
         return None
 
 
+def _differentiable(values: tuple[Any, ...]) -> list[Tensor]:
+    """The results that a gradient can reach, each once."""
+    found = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+    return list({id(value): value for value in found}.values())
+
+
 def _compute_backward(record: _Compute) -> None:
     results = record.results
     if results is None:
         with torch.enable_grad():
             returned = record.function(*record.arguments)
         values = returned if isinstance(returned, tuple) else (returned,)
-        results = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        results = _differentiable(values)
     pairs = [
         (result, leaf.grad)
         for result, leaf in zip(results, record.outputs, strict=True)
-        if leaf.grad is not None and result.requires_grad
+        if leaf.grad is not None
     ]
     if pairs:
         torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])

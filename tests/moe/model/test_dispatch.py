@@ -1,0 +1,143 @@
+"""Which rows go where: order, padding, capacity, delivery, and gradients against plain indexing."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.model.dispatch import Plan, announce, deliver, make_plan, take_rows, weighted_sum
+from parallel.collectives import Group, all_to_all
+from parallel.groups import build_groups
+from parallel.layout import Layout
+from tests.ranks import run_ranks
+
+NUM_EXPERTS, TOP_K = 8, 3
+
+
+def choice(seed: int, num_tokens: int = 20, favourites: int = NUM_EXPERTS) -> tuple[Tensor, Tensor]:
+    """Distinct experts [T, K] (every fifth token padding) and weights [T, K]."""
+    stream = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=stream)
+    scores[:, favourites:] -= 2
+    chosen = scores.topk(TOP_K).indices
+    chosen[::5] = NUM_EXPERTS
+    return chosen, torch.rand(num_tokens, TOP_K, generator=stream)
+
+
+def check(plan: Plan, chosen: Tensor) -> None:
+    """A plan's three parts tell the same story."""
+    experts = chosen.flatten()[plan.order_N]
+    assert experts.tolist() == sorted(experts.tolist())
+    assert plan.rows_E.tolist() == [(experts == expert).sum().item() for expert in range(NUM_EXPERTS)]
+    slots = plan.slot_TK.flatten()
+    assert slots[plan.order_N].tolist() == list(range(len(plan.order_N)))
+    assert (slots >= 0).sum() == len(plan.order_N)
+    assert torch.equal(plan.token_N, plan.order_N // TOP_K)
+
+
+def test_every_assignment_has_a_row_in_expert_order_and_padding_none() -> None:
+    chosen, weights = choice(0)
+    plan = make_plan(chosen, weights, NUM_EXPERTS, None)
+    check(plan, chosen)
+    assert torch.equal(plan.slot_TK == -1, chosen == NUM_EXPERTS)
+    for expert in range(NUM_EXPERTS):  # within an expert, rows stand in token order
+        tokens = plan.token_N[chosen.flatten()[plan.order_N] == expert].tolist()
+        assert tokens == sorted(tokens)
+
+
+def test_nothing_but_padding() -> None:
+    plan = make_plan(torch.full((4, TOP_K), NUM_EXPERTS), torch.rand(4, TOP_K), NUM_EXPERTS, 1.0)
+    assert not plan.rows_E.any() and len(plan.order_N) == 0 and (plan.slot_TK == -1).all()
+    rows = weighted_sum(torch.zeros(0, 5, requires_grad=True), torch.rand(4, TOP_K), plan)
+    assert rows.shape == (4, 5) and not rows.any()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 100.0])
+def test_capacity_keeps_the_heaviest_rows_of_each_expert(factor: float) -> None:
+    chosen, weights = choice(1, favourites=4)
+    plan = make_plan(chosen, weights, NUM_EXPERTS, factor)
+    check(plan, chosen)
+    valid = (chosen[:, 0] < NUM_EXPERTS).sum().item()
+    capacity = math.ceil(factor * valid * TOP_K / NUM_EXPERTS)
+    for expert in range(NUM_EXPERTS):
+        asked = [(weights[t, k].item(), t, k) for t, k in (chosen == expert).nonzero().tolist()]
+        kept = {(t, k) for _, t, k in sorted(asked, reverse=True)[:capacity]}
+        assert {
+            tuple(place) for place in ((chosen == expert) & (plan.slot_TK >= 0)).nonzero().tolist()
+        } == kept
+    dropped = ((plan.slot_TK < 0) & (chosen < NUM_EXPERTS)).sum()
+    assert dropped + plan.rows_E.sum() == valid * TOP_K
+    assert bool(dropped) == (factor < 2)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_spread_and_combine_equal_plain_indexing(padded: bool) -> None:
+    torch.manual_seed(0)
+    chosen, weights = choice(2)
+    if not padded:
+        chosen, weights = chosen[1:5], weights[1:5]
+    num_tokens = len(chosen)
+    hidden = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
+    weights = weights.double().requires_grad_()
+    plan = make_plan(chosen, weights, NUM_EXPERTS, 1.0 if padded else None)
+    scale = torch.linspace(1, 2, len(plan.order_N), dtype=torch.float64)[:, None]  # stands for the experts
+
+    def ours() -> Tensor:
+        return weighted_sum(take_rows(hidden, plan.token_N, plan.slot_TK) * scale, weights, plan)
+
+    def plain() -> Tensor:
+        out = []
+        for t in range(num_tokens):
+            slots = [(k, s) for k, s in enumerate(plan.slot_TK[t].tolist()) if s >= 0]
+            rows = [weights[t, k] * (hidden[t] * scale[s]) for k, s in slots]
+            out.append(sum(rows, torch.zeros(6, dtype=torch.float64)))
+        return torch.stack(out)
+
+    torch.testing.assert_close(ours(), plain())
+    upstream = torch.randn(num_tokens, 6, dtype=torch.float64)
+    mine = torch.autograd.grad(ours(), (hidden, weights), upstream)
+    theirs = torch.autograd.grad(plain(), (hidden, weights), upstream)
+    for found, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def route_home(chosen: Tensor, weights: Tensor, group: Group, first: int) -> tuple[Tensor, Plan]:
+    """Rows [token, expert] through dispatch to the experts and back; what came back, in sending order."""
+    plan = make_plan(chosen, weights, NUM_EXPERTS, None)
+    delivery = deliver(plan, announce(plan, group).wait(), group)
+    rows = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
+    arrived = all_to_all(rows, delivery.splits)
+    in_order = arrived if delivery.order_N is None else arrived[delivery.order_N]
+    begin = 0
+    for local, count in enumerate(delivery.counts):
+        assert (in_order[begin : begin + count, 1] == first + local).all()
+        begin += count
+    assert begin == len(arrived)
+    home = in_order if delivery.slot_N1 is None else in_order[delivery.slot_N1[:, 0]]
+    assert torch.equal(home, arrived)
+    return all_to_all(home, delivery.splits.reversed()), plan
+
+
+def deliver_everywhere(rank: int, world_size: int, favourites: int) -> tuple[int, int]:
+    groups = build_groups(Layout(dp=world_size, ep=world_size))
+    chosen, weights = choice(rank, favourites=favourites)
+    if rank == 1:
+        chosen.fill_(NUM_EXPERTS)  # a rank that sends nothing
+    back, plan = route_home(chosen, weights, groups.ep, rank * NUM_EXPERTS // world_size)
+    sent = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
+    assert torch.equal(back, sent)
+    return len(sent), int((chosen < NUM_EXPERTS).sum())
+
+
+@pytest.mark.parametrize(("world_size", "favourites"), [(2, 8), (4, 8), (8, 8), (4, 3)])
+def test_rows_meet_their_experts_and_come_home(world_size: int, favourites: int) -> None:
+    """With three favourites of eight over four ranks, two ranks receive nothing; with eight, e = 1."""
+    for rank, (sent, asked) in enumerate(run_ranks(world_size, deliver_everywhere, favourites)):
+        assert sent == asked and bool(sent) == (rank != 1)
+
+
+def test_alone_every_row_is_at_home() -> None:
+    chosen, weights = choice(0)
+    back, plan = route_home(chosen, weights, None, 0)
+    assert torch.equal(back[:, 0], plan.token_N)

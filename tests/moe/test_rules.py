@@ -1,0 +1,242 @@
+"""Strict building and the rules between fields: each mistake gets one sentence with a remedy."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from moe.config import LayoutConfig, ModelConfig, RopeConfig, RunConfig
+from moe.rules import build, known_keys, validate
+from parallel.errors import UserError
+from parallel.layout import Layout
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as a nested mapping."""
+    head, _, tail = key.partition(".")
+    return {head: nested(tail, value) if tail else value}
+
+
+def merged(*settings: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for setting in settings:
+        for key, value in setting.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def sentence(settings: dict[str, Any], world_size: int | None = None) -> str:
+    """What the user reads."""
+    with pytest.raises(UserError) as caught:
+        validate(build(RunConfig, merged(*(nested(k, v) for k, v in settings.items()))), world_size)
+    return str(caught.value)
+
+
+def test_defaults_build_and_hold() -> None:
+    assert build(RunConfig, {}) == RunConfig()
+    assert build(RunConfig, asdict(RunConfig())) == RunConfig()
+    assert validate(RunConfig()) == Layout(dp=1, ep=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "built"),
+    [
+        ("model.hidden_size", 64, 64),
+        ("model.q_lora_rank", None, None),
+        ("model.q_lora_rank", 8, 8),
+        ("model.capacity_factor", 2, 2.0),
+        ("model.rope.kind", "yarn", "yarn"),
+        ("optim.lr", 1, 1.0),
+        ("layout.overlap", False, False),
+        ("data.paths", ["a", "b"], ("a", "b")),
+        ("data.paths", "a", ("a",)),
+        ("data.tokenizer", "t.json", "t.json"),
+    ],
+)
+def test_values_are_converted(key: str, value: Any, built: Any) -> None:
+    config: Any = build(RunConfig, nested(key, value))
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == built and type(config) is type(built)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.hiden_size", 64, "there is no setting `model.hiden_size`: did you mean `model.hidden_size`?"),
+        ("hidden_size", 64, "there is no setting `hidden_size`: did you mean `model.hidden_size`?"),
+        ("model.lr", 0.1, "there is no setting `model.lr`: did you mean "),
+        ("modle", {}, "there is no setting `modle`: did you mean `model`?"),
+        ("model.rope.fator", 2, "there is no setting `model.rope.fator`: did you mean `model.rope.factor`?"),
+        ("model", 3, "`model` must be a group of settings, but is 3: set `model.KEY`"),
+        ("model.top_k", "4", "`model.top_k` must be an integer, but is '4': write `model.top_k="),
+        ("model.top_k", 4.0, "`model.top_k` must be an integer, but is 4.0: "),
+        ("model.top_k", True, "`model.top_k` must be an integer, but is True: "),
+        ("optim.lr", "fast", "`optim.lr` must be a number, but is 'fast': "),
+        ("optim.lr", True, "`optim.lr` must be a number, but is True: "),
+        ("layout.overlap", 1, "`layout.overlap` must be true or false, but is 1: "),
+        ("data.cache", 1, "`data.cache` must be text, but is 1: "),
+        ("data.paths", [1], "`data.paths` must be text, but is 1: "),
+        ("model.q_lora_rank", "no", "`model.q_lora_rank` must be an integer, but is 'no': "),
+        (
+            "model.score_function",
+            "sigmoyd",
+            "`model.score_function` must be 'softmax' or 'sigmoid', but is 'sigmoyd': did you mean 'sigmoid'",
+        ),
+        ("optim.schedule", 7, "`optim.schedule` must be 'cosine' or 'wsd', but is 7: choose one of these"),
+    ],
+)
+def test_what_cannot_be_built(key: str, value: Any, expected: str) -> None:
+    assert sentence({key: value}).startswith(expected)
+
+
+def test_known_keys_reach_into_groups() -> None:
+    keys = set(known_keys(RunConfig))
+    assert {"model", "model.rope.kind", "layout.ep", "train.steps"} <= keys
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"layout.ep": 8, "model.num_experts": 60},
+            "`layout.ep` must divide `model.num_experts`, but 8 does not divide 60: use 5, 6 or 10",
+        ),
+        (
+            {"layout.dp": 6, "layout.ep": 4},
+            "`layout.ep` must divide `layout.dp`, but 4 does not divide 6: use 2, 3 or 6",
+        ),
+        (
+            {"model.num_groups": 3},
+            "`model.num_groups` must divide `model.num_experts`, but 3 does not divide 16: use 1, 2 or 4",
+        ),
+        (
+            {"model.num_groups": 4, "model.top_groups": 5},
+            "`model.top_groups` must lie between 1 and `model.num_groups`, but is 5 of 4: use at most 4",
+        ),
+        (
+            {"model.top_groups": 0},
+            "`model.top_groups` must lie between 1 and `model.num_groups`, but is 0 of 1",
+        ),
+        (
+            {"model.num_groups": 8, "model.top_groups": 2, "model.top_k": 6},
+            "`model.top_k` must lie between 1 and the experts that the group limit leaves, but is 6 of 4: ",
+        ),
+        ({"model.top_k": 17}, "`model.top_k` must lie between 1 and the experts that the group limit leaves"),
+        ({"model.top_k": 0}, "`model.top_k` must lie between 1 and the experts that the group limit leaves"),
+        (
+            {"model.num_groups": 16, "model.top_groups": 8},
+            "`model.group_score=top2_sum` needs two experts in a group, but there are 16 in 16 groups: ",
+        ),
+        (
+            {"model.num_dense_layers": 5},
+            "`model.num_dense_layers` must not exceed `model.num_layers`, but 5 > 4: use at most 4",
+        ),
+        (
+            {"model.qk_rope_head_dim": 15},
+            "`model.qk_rope_head_dim` must be even (rotated pairs), but is 15: use 16",
+        ),
+        (
+            {"layout.dp": 4, "layout.microbatches": 3, "train.batch_size": 16},
+            "`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but 16 is not a "
+            "multiple of 12: use 12 or 24",
+        ),
+        (
+            {"layout.microbatches": 4, "train.batch_size": 2},
+            "`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but 2 is not a "
+            "multiple of 4: use 4",
+        ),
+        (
+            {"data.sequence_length": 32, "model.max_context": 16},
+            "`data.sequence_length` must not exceed `model.max_context`, but 32 > 16: ",
+        ),
+        (
+            {"data.validation_fraction": 1.5},
+            "`data.validation_fraction` must lie between 0 and 1, but is 1.5: ",
+        ),
+        ({"train.keep_checkpoints": 0}, "`train.keep_checkpoints` must be greater than 0, but is 0: "),
+        *(
+            ({key: 0}, f"`{key}` must be greater than 0, but is 0")
+            for key in (
+                "model.vocab_size",
+                "model.hidden_size",
+                "model.num_heads",
+                "model.intermediate_size",
+                "model.moe_intermediate_size",
+                "data.sequence_length",
+                "train.steps",
+                "optim.lr",
+                "telemetry.window",
+            )
+        ),
+        *(
+            ({key: -1}, f"`{key}` must not be negative, but is -1")
+            for key in (
+                "model.num_mtp_layers",
+                "model.num_shared_experts",
+                "balance.bias_rate",
+                "optim.warmup_steps",
+                "train.save_every",
+                "telemetry.domains_every",
+            )
+        ),
+    ],
+)
+def test_rules_between_fields(settings: dict[str, Any], expected: str) -> None:
+    assert sentence(settings).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "expected"),
+    [
+        (LayoutConfig(), None, Layout(dp=1, ep=1)),
+        (LayoutConfig(), 4, Layout(dp=4, ep=1)),
+        (LayoutConfig(ep=4), None, Layout(dp=4, ep=4)),
+        (LayoutConfig(ep=2), 4, Layout(dp=4, ep=2)),
+        (LayoutConfig(dp=4, ep=2), 4, Layout(dp=4, ep=2)),
+    ],
+)
+def test_the_layout_follows_from_what_was_started(
+    layout: LayoutConfig, world_size: int | None, expected: Layout
+) -> None:
+    assert validate(RunConfig(layout=layout), world_size) == expected
+
+
+def test_the_layout_must_fit_what_was_started() -> None:
+    assert sentence({"layout.dp": 4}, world_size=2) == (
+        "`layout.dp` must equal the number of ranks, but the layout needs 4 and 2 were started: "
+        "start 4 or set `layout.dp=2`"
+    )
+
+
+def test_released_shapes_hold() -> None:
+    """DeepSeek-V3's and V2's gates (5.4 of the field's definitions)."""
+    yarn = RopeConfig(kind="yarn", factor=40)
+    v3 = ModelConfig(num_experts=256, num_groups=8, top_groups=4, top_k=8, rope=yarn)
+    v2 = replace(v3, num_experts=160, top_groups=3, top_k=6, group_score="max", score_function="softmax")
+    for model in (v3, v2, replace(v2, num_experts=64, num_groups=1, top_groups=1)):
+        validate(RunConfig(model=model))
+
+
+@pytest.mark.parametrize("key", ["model.num_groups", "model.num_experts", "layout.microbatches", "layout.ep"])
+def test_zero_is_a_mistake_of_the_user(key: str) -> None:
+    assert sentence({key: 0}).startswith(f"`{key}` must ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.capacity_factor", -1.0),
+        ("model.kv_lora_rank", 0),
+        ("model.q_lora_rank", 0),
+        ("model.v_head_dim", 0),
+        ("model.qk_rope_head_dim", -2),
+        ("model.rope.factor", 0.0),
+        ("balance.bias_clamp", -1.0),
+        ("train.mtp_weight", -1.0),
+        ("optim.lr", float("nan")),
+    ],
+)
+def test_ranges_of_lesser_fields(key: str, value: Any) -> None:
+    assert sentence({key: value}).startswith(f"`{key}` must ")

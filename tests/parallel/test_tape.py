@@ -1,0 +1,194 @@
+"""The tape: equal to plain autograd to the bit, recomputation too, and exchanges that are always made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.collectives import Splits, Wire, start_all_to_all
+from parallel.pipeline.tape import Direct, Recorder, Steps, Tape, _Compute, run
+from tests.ranks import run_ranks
+
+
+class Objective(Direct):
+    """Plain autograd: the roots become one scalar to differentiate."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(())
+
+    def root(self, value: Tensor, gradient: float) -> None:
+        self.total = self.total + gradient * value
+
+
+class Toy:
+    """Leaves with several readers, two outputs, values that are no tensors, a detached output, two roots."""
+
+    def __init__(self, splits: Splits) -> None:
+        torch.manual_seed(1)
+        self.first, self.second = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3))
+        self.splits, self.calls = splits, 0
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.first, self.second]
+
+    def mix(self, rows: Tensor, power: int) -> tuple[Tensor, str, Tensor, Tensor]:
+        self.calls += 1
+        mixed = (rows @ self.first).tanh()
+        return mixed, "label", (mixed**power).mean(), mixed.argmax(-1)
+
+    def phases(self, tape: Recorder, rows: Tensor) -> Steps:
+        mixed, label, side, best = tape.compute(self.mix, rows, 2)
+        assert label == "label" and best.shape == rows.shape[:1]
+        tape.root(side, 0.25)
+        arrival = tape.exchange(mixed, self.splits)
+        meanwhile = tape.compute(lambda value: value @ self.second, mixed)
+        yield
+        back = tape.exchange(tape.compute(torch.sin, arrival.wait()), self.splits.reversed())
+        yield
+        total = tape.compute(lambda a, b, c: (a * b + c + a).sum(), back.wait(), meanwhile, mixed)
+        tape.root(total, 2.0)
+        return total
+
+
+def differentiate(splits: Splits, tape: Recorder) -> tuple[list[Tensor], int]:
+    """Gradients of the input and the weights, and how often `mix` ran."""
+    toy, rows = Toy(splits), torch.randn(4, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    run(toy.phases(tape, rows))
+    if isinstance(tape, Tape):
+        run(tape.backward())
+    elif isinstance(tape, Objective):
+        tape.total.backward()
+    return [value.grad for value in (rows, *toy.parameters()) if value.grad is not None], toy.calls
+
+
+def all_three(rank: int, world_size: int) -> list[list[Tensor]]:
+    send = ((1, 3), (4, 0))[rank]
+    splits = Splits(send, ((1, 4), (3, 0))[rank], dist.group.WORLD)
+    return [differentiate(splits, tape)[0] for tape in (Objective(), Tape(), Tape(recompute=True))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tape_equals_plain_autograd_and_recomputation_equals_both(world_size: int) -> None:
+    alone = Splits((4,), (4,), None)
+    recorders: list[Recorder] = [Objective(), Tape(), Tape(recompute=True)]
+    results = [[differentiate(alone, recorder)[0] for recorder in recorders]]
+    if world_size > 1:
+        results = run_ranks(world_size, all_three)
+    for plain, taped, recomputed in results:
+        assert len(plain) == len(taped) == len(recomputed) == 3
+        for expected, mine, again in zip(plain, taped, recomputed, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+            assert torch.equal(mine, again)
+
+
+def test_recomputation_runs_a_phase_twice_and_holds_no_graph() -> None:
+    alone = Splits((4,), (4,), None)
+    assert differentiate(alone, Tape())[1] == 1
+    assert differentiate(alone, Tape(recompute=True))[1] == 2
+    weight = nn.Parameter(torch.ones(2))
+    for recompute in (False, True):
+        tape = Tape(recompute=recompute)
+        tape.root(tape.compute(lambda rows: (rows * weight).sum(), torch.ones(2)), 1.0)
+        (record,) = tape._records
+        assert isinstance(record, _Compute)
+        assert (record.results is None) == recompute
+
+
+def test_a_phase_runs_on_leaves() -> None:
+    tape, weight = Tape(), nn.Parameter(torch.ones(2))
+    first = tape.compute(lambda rows: rows * weight, torch.ones(2))
+    assert first.is_leaf and first.requires_grad
+    untouched = tape.compute(lambda rows: (rows + 1).long(), torch.ones(2))
+    assert not untouched.requires_grad
+
+
+def test_roots_weigh_and_a_constant_root_is_none() -> None:
+    weight = nn.Parameter(torch.ones(()))
+    for recompute in (False, True):
+        tape, weight.grad = Tape(recompute=recompute), None
+        tape.root(tape.compute(lambda: weight * 3), 0.5)
+        tape.root(tape.compute(lambda: torch.zeros(())), 7.0)
+        run(tape.backward())
+        assert weight.grad is not None and weight.grad.item() == 1.5
+
+
+def test_an_output_returned_under_two_names_counts_once() -> None:
+    tape, weight = Tape(), nn.Parameter(torch.ones(()))
+    one, same = tape.compute(lambda: (weight * 1,) * 2)
+    tape.root(tape.compute(torch.add, one, same), 1.0)
+    run(tape.backward())
+    assert weight.grad is not None and weight.grad.item() == 2.0
+
+
+def unused_on_one_rank(rank: int, world_size: int, recompute: bool) -> tuple[Tensor | None, Tensor]:
+    """Only rank 1 uses what the exchange brought; rank 0 must still take part in the way back."""
+    weight, tape = nn.Parameter(torch.ones(1)), Tape(recompute=recompute)
+    rows = tape.compute(lambda: weight * torch.tensor([[1.0], [2.0]]) * (rank + 1))
+    arrived = tape.exchange(rows, Splits((1, 1), (1, 1), dist.group.WORLD)).wait()
+    if rank == 1:
+        tape.root(tape.compute(torch.sum, arrived), 1.0)
+    run(tape.backward())
+    assert weight.grad is not None
+    return arrived.grad, weight.grad
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_unused_exchange_still_goes_back(recompute: bool) -> None:
+    (first, grad_0), (second, grad_1) = run_ranks(2, unused_on_one_rank, recompute, timeout=20)
+    assert first is None and second is not None
+    assert (grad_0.item(), grad_1.item()) == (2.0, 4.0)  # the row that each sent to rank 1
+
+
+class Logged(torch.autograd.Function):
+    """Identity that tells when its backward runs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str, log: list[str]) -> Tensor:
+        ctx.name, ctx.log = name, log
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.log.append(ctx.name)
+        return grads[0], None, None
+
+
+def test_backward_computes_what_it_can_and_yields_when_only_the_wire_is_left() -> None:
+    log: list[str] = []
+
+    def phase(name: str) -> Callable[..., Tensor]:
+        return lambda *values: Logged.apply(sum(values), name, log)
+
+    tape, alone = Tape(), Splits((2,), (2,), None)
+    start = tape.compute(phase("before"), torch.ones(2, requires_grad=True))
+    arrival = tape.exchange(start, alone)
+    beside = tape.compute(phase("beside"), start)
+    tape.root(tape.compute(torch.sum, tape.compute(phase("after"), arrival.wait(), beside)), 1.0)
+    for _ in tape.backward():
+        log.append("yield")
+    assert log == ["after", "beside", "yield", "before"]
+
+
+def test_a_backward_is_walked_once() -> None:
+    tape, weight = Tape(), nn.Parameter(torch.ones(()))
+    tape.root(tape.compute(lambda: weight * 3), 1.0)
+    run(tape.backward())
+    run(tape.backward())
+    assert weight.grad is not None and weight.grad.item() == 3.0
+
+
+def test_frozen_rows_make_no_backward_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(rows: Tensor, splits: Splits) -> Wire:
+        started.append(rows)
+        return start_all_to_all(rows, splits)
+
+    monkeypatch.setattr("parallel.pipeline.tape.start_all_to_all", start)
+    tape = Tape()
+    assert not tape.exchange(torch.ones(2), Splits((2,), (2,), None)).wait().requires_grad
+    run(tape.backward())
+    assert len(started) == 1

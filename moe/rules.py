@@ -145,13 +145,19 @@ def _validate_model(model: ModelConfig) -> None:
             f"`model.qk_rope_head_dim` must be even (rotated pairs), but is {model.qk_rope_head_dim}: "
             f"use {model.qk_rope_head_dim + 1}"
         )
+    if model.rope.kind == "ntk" and model.qk_rope_head_dim < 4:
+        raise UserError(
+            "`model.qk_rope_head_dim` must be at least 4 with `model.rope.kind=ntk`, but is "
+            f"{model.qk_rope_head_dim}: use 4 or more, or plain RoPE"
+        )
 
 
 _POSITIVE = (
     *("model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads", "model.num_experts"),
     *("model.intermediate_size", "model.moe_intermediate_size", "model.num_groups", "model.capacity_factor"),
     *("model.q_lora_rank", "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim"),
-    *("model.v_head_dim", "model.rope.factor", "model.rope.theta", "model.rms_norm_eps"),
+    *("model.v_head_dim", "model.rms_norm_eps", "model.rope.factor", "model.rope.original_context"),
+    *("model.rope.beta_fast", "model.rope.beta_slow"),
     *("data.sequence_length", "layout.dp", "layout.ep", "layout.microbatches"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
     *("telemetry.window", "telemetry.log_every", "launch.threads"),
@@ -163,10 +169,9 @@ _NOT_NEGATIVE = (
     *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every"),
     *("train.eval_sequences", "train.sample_tokens", "telemetry.domains_every"),
 )
-_SHARE = (
-    *("data.validation_fraction", "optim.min_lr_ratio", "optim.decay_fraction"),
-    *("optim.beta1", "optim.beta2"),
-)
+_SHARE = ("optim.min_lr_ratio", "optim.decay_fraction")
+_BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2")
+_ABOVE_ONE = ("model.rope.theta",)
 
 
 def _validate_ranges(config: RunConfig) -> None:
@@ -174,7 +179,9 @@ def _validate_ranges(config: RunConfig) -> None:
     rules = (
         (_POSITIVE, lambda value: value > 0, "be greater than 0", "use a positive number"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "not be negative", "use 0 or more"),
-        (_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1", "use a share such as 0.05"),
+        (_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1", "use a share such as 0.1"),
+        (_BELOW_ONE, lambda value: 0 <= value < 1, "lie between 0 and 1 (exclusive)", "use less than 1"),
+        (_ABOVE_ONE, lambda value: value > 1, "be greater than 1", "use 10000, as released"),
     )
     for names, holds, rule, remedy in rules:
         for name in names:

@@ -49,13 +49,17 @@ class Checkpoint:
         return self._open[file].get_tensor(name)
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copy a tensor into a view. UserError where the shape differs."""
+        """Copy a tensor into a view. UserError where shape or dtype differ."""
         tensor = self.read(name)
-        if tensor.shape != target.shape:
-            raise UserError(
-                f"tensor `{name}` of checkpoint {self.folder} must have the model's shape "
-                f"{list(target.shape)}, but has {list(tensor.shape)}: restore the settings it was made with"
-            )
+        for what, wanted, found in (
+            ("shape", list(target.shape), list(tensor.shape)),
+            ("dtype", target.dtype, tensor.dtype),
+        ):
+            if wanted != found:
+                raise UserError(
+                    f"tensor `{name}` of checkpoint {self.folder} must have the model's {what} {wanted}, "
+                    f"but has {found}: restore the settings it was made with"
+                )
         target.copy_(tensor)
 
 
@@ -72,6 +76,7 @@ def save(
     barrier(group)
     path = partial / f"rank-{rank:05d}.safetensors"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
     entry = {"sha256": _digest(path), "bytes": path.stat().st_size, "tensors": sorted(tensors)}
     _write(partial / f"rank-{rank:05d}.json", json.dumps(entry))
     barrier(group)
@@ -89,13 +94,16 @@ def _finish(partial: Path, final: Path, ranks: int, index: dict[str, Any]) -> No
         index["files"][f"rank-{rank:05d}.safetensors"] = json.loads(entry.read_text())
         entry.unlink()
     _write(partial / _INDEX, json.dumps(index))
-    if final.exists():  # an earlier attempt at the same step, of a run that went back
-        shutil.rmtree(final)
+    _sync(partial)
+    replaced = final.parent / f".{final.name}.replaced.partial"
+    if final.exists():  # the same step, of a run that went back
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     latest = final.parent / ".latest.partial"
     _write(latest, final.name + "\n")
     latest.rename(final.parent / "latest")
-    _sync_folder(final.parent)
+    _sync(final.parent)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
@@ -148,7 +156,7 @@ def open_latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def _broken(folder: Path, why: str) -> str:
-    return f"checkpoint {folder} is broken ({why}): delete this folder to resume from an earlier one"
+    return f"checkpoint {folder} is broken ({why}): delete it, and the run goes on from an earlier one or from the start"
 
 
 def _digest(path: Path) -> str:
@@ -163,8 +171,9 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file's or folder's content on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -47,6 +47,7 @@ class _Product(torch.autograd.Function):
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+        assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
         ctx.save_for_backward(rows)
         ctx.counts, ctx.weight = counts, weight
         out = rows.new_empty(rows.shape[0], weight.shape[1])

@@ -72,7 +72,7 @@ def update_bias(router: "Router", counts_E: Tensor, rate: float) -> None:
     router.last_counts.copy_(counts_E)
     if rate == 0.0:
         return
-    # Twice the distance from the mean in integers: sign(mean - c) without rounding.
+    # E times the distance from the mean, in integers: its sign without rounding.
     above_E = counts_E * len(counts_E) - counts_E.sum()
     router.bias.sub_(rate * above_E.sign().float())
     if router.balance.bias_center:

@@ -75,8 +75,7 @@ class MoELayer(nn.Module):
         tape.root(auxiliary, auxiliary_share)
         plan = make_plan(routing.experts_TK, weights, self.config.num_experts, self.config.capacity_factor)
         announced = announce(plan, self.group)
-        rows = tape.compute(_spread, hidden, plan)
-        yield
+        rows = tape.compute(_spread, hidden, plan)  # while the counts travel
         delivery = deliver(plan, announced.wait(), self.group)
         dispatched = tape.exchange(rows, delivery.splits)
         shared = tape.compute(self.shared, hidden) if self.shared is not None else None

@@ -67,7 +67,7 @@ class Direct:
         return Wire(all_to_all(rows, splits), rows, None)
 
     def root(self, value: Tensor, gradient: float) -> None:
-        """Nothing to record: the caller differentiates what is returned."""
+        """Nothing to record: whoever differentiates brings an objective of their own."""
 
 
 @dataclass

@@ -153,7 +153,7 @@ def test_known_keys_reach_into_groups() -> None:
         ),
         (
             {"data.validation_fraction": 1.5},
-            "`data.validation_fraction` must lie between 0 and 1, but is 1.5: ",
+            "`data.validation_fraction` must lie between 0 and 1 (exclusive), but is 1.5: ",
         ),
         ({"train.keep_checkpoints": 0}, "`train.keep_checkpoints` must be greater than 0, but is 0: "),
         *(
@@ -239,4 +239,19 @@ def test_zero_is_a_mistake_of_the_user(key: str) -> None:
     ],
 )
 def test_ranges_of_lesser_fields(key: str, value: Any) -> None:
+    assert sentence({key: value}).startswith(f"`{key}` must ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.beta1", 1.0),
+        ("optim.beta2", 1.0),
+        ("data.validation_fraction", 1.0),
+        ("model.rope.original_context", 0),
+        ("model.rope.beta_fast", 0.0),
+        ("model.rope.theta", 1.0),
+    ],
+)
+def test_open_ends_and_the_rotation(key: str, value: Any) -> None:
     assert sentence({key: value}).startswith(f"`{key}` must ")

@@ -75,6 +75,21 @@ def test_no_microbatches() -> None:
     assert list(forward_backward(lambda tape, value: counting("F", 1, []), [], overlap=True)) == []
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_recomputation_reaches_every_tape(overlap: bool) -> None:
+    weight, calls = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(tape: Tape, microbatch: int) -> Steps:
+        tape.root(tape.compute(lambda: (calls.append(microbatch), weight * microbatch)[1]), 1.0)
+        yield
+
+    for recompute, expected in ((False, [1, 2]), (True, [1, 1, 2, 2])):
+        calls.clear()
+        list(forward_backward(forward, [1, 2], overlap=overlap, recompute=recompute))
+        assert sorted(calls) == expected
+    assert weight.grad is not None and weight.grad.item() == 6.0
+
+
 # A model over two ranks, three microbatches each, with uneven routing.
 
 CONFIG = replace(SMALL_MODEL, num_mtp_layers=1, init_std=0.2)

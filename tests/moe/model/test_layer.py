@@ -1,5 +1,6 @@
 """The layer of experts: a loop over tokens, and the same to 1e-6 however the experts are cut."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -181,33 +182,49 @@ def test_counts_are_conserved(name: str) -> None:
         assert bool(dropped.any()) == (case.config.capacity_factor is not None and bool(valid.any()))
 
 
-@pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
-def test_output_equals_a_loop_over_tokens(name: str) -> None:
-    """Shared experts plus each chosen expert's SwiGLU by its weight; the gate is the router's business."""
-    case = CASES[name]
-    layer = build(case)["moe"]
-    hidden, _, valid = data(case, 0)
+def token_loop(layer: MoELayer, hidden: Tensor, valid: Tensor) -> Tensor:
+    """Shared experts plus each chosen expert's SwiGLU by its weight, a token at a time; the gate is given."""
+    config = layer.config
     weights, _, routing = layer.router(hidden, valid)
-    load = run(layer.phases(Direct(), hidden, valid))[1]
 
     def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         gate, up = (gate_up @ x).split(down.shape[1])
         return down @ (F.silu(gate) * up)
 
-    room = load.rows_E.tolist()
-    expected = torch.zeros_like(hidden).flatten(0, 1)
-    order = sorted((-weights[t, k].item(), t, k) for t in range(14) for k in range(3))
+    room = [len(hidden.flatten(0, 1))] * config.num_experts
+    if config.capacity_factor is not None:
+        assigned = int(valid.sum()) * config.top_k
+        room = [math.ceil(config.capacity_factor * assigned / config.num_experts)] * config.num_experts
+    tokens = list(hidden.flatten(0, 1))
+    out = [torch.zeros_like(x) for x in tokens]
+    order = sorted((-weights[t, k].item(), t, k) for t in range(len(tokens)) for k in range(config.top_k))
     for _, t, k in order:  # the heaviest first: only they find room under a capacity
-        expert = routing.experts_TK[t, k].item()
-        if expert < 8 and room[expert] > 0:
+        expert = int(routing.experts_TK[t, k])
+        if expert < config.num_experts and room[expert] > 0:
             room[expert] -= 1
             gate_up, down = layer.experts.gate_up.weight[expert], layer.experts.down.weight[expert]
-            expected[t] += weights[t, k] * swiglu(hidden.flatten(0, 1)[t], gate_up, down)
+            out[t] = out[t] + weights[t, k] * swiglu(tokens[t], gate_up, down)
     if layer.shared is not None:
-        for t, x in enumerate(hidden.flatten(0, 1)):
-            expected[t] += swiglu(x, layer.shared.gate_up.weight, layer.shared.down.weight)
-    torch.testing.assert_close(layer(hidden, valid).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+        shared = layer.shared
+        out = [
+            y + swiglu(x, shared.gate_up.weight, shared.down.weight) for x, y in zip(tokens, out, strict=True)
+        ]
+    return torch.stack(out).view_as(hidden)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_equals_a_loop_over_tokens(name: str) -> None:
+    """Output, input gradient and every parameter's gradient."""
+    case = CASES[name]
+    layer, (hidden, upstream, valid) = build(case)["moe"], data(case, 0)
+    output, expected = layer(hidden, valid), token_loop(layer, hidden, valid)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    inputs = (hidden, *layer.parameters())
+    ours = torch.autograd.grad(output, inputs, upstream)
+    theirs = torch.autograd.grad(expected, inputs, upstream)
+    for found, gradient in zip(ours, theirs, strict=True):
+        assert gradient.any()
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4)
 
 
 def test_padding_reaches_no_expert_and_no_gate() -> None:
@@ -236,6 +253,21 @@ def test_recomputation_counts_once_and_changes_no_bit() -> None:
     assert not again.auxiliary_loss.requires_grad
     for mine, other in zip(gradients, recomputed, strict=True):
         assert mine is not None and other is not None and torch.equal(mine, other)
+
+
+def test_the_auxiliary_loss_pulls_by_this_microbatchs_share() -> None:
+    """The layer's one gradient, where the output asks for none, is that of share x loss."""
+    case = CASES["auxiliary losses"]
+    layer, (hidden, _, valid), tape = build(case)["moe"], data(case, 0), Tape()
+    load = run(layer.phases(tape, hidden, valid, 0.25))[1]
+    run(tape.backward())
+    again = hidden.detach().requires_grad_()
+    loss = layer.router(again, valid)[1]
+    assert load.auxiliary_loss.item() == loss.item() > 0
+    expected = torch.autograd.grad(0.25 * loss, (again, layer.router.projection.weight))
+    for found, gradient in zip((hidden.grad, layer.router.projection.weight.grad), expected, strict=True):
+        assert found is not None and gradient.any()
+        torch.testing.assert_close(found, gradient)
 
 
 class Told(torch.autograd.Function):

@@ -156,7 +156,7 @@ def open_latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def _broken(folder: Path, why: str) -> str:
-    return f"checkpoint {folder} is broken ({why}): delete it, and the run goes on from an earlier one or from the start"
+    return f"checkpoint {folder} is broken ({why}): delete it to go on from an earlier one or from the start"
 
 
 def _digest(path: Path) -> str:

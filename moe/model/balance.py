@@ -9,33 +9,28 @@ Legend: B sequences, S positions, E experts, K chosen experts.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe.config import BalanceConfig
 
-if TYPE_CHECKING:
-    from moe.model.router import Router
 
-
-def auxiliary_loss(router: "Router", scores: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
+def auxiliary_loss(
+    balance: BalanceConfig, scores: Tensor, chosen: Tensor, valid: Tensor, last_counts: Tensor
+) -> Tensor:
     """The weighted sum of the losses switched on, a scalar in fp32; 0 when none is.
 
-    `scores` [B, S, E], `chosen` [B, S, K] as selected, `valid` [B, S]. Padding is left out.
+    `scores` [B, S, E], `chosen` [B, S, K] without the bias, `valid` [B, S], `last_counts` [E] of the
+    global batch before. Padding is left out.
     """
-    balance, config = router.balance, router.config
-    if not (balance.sequence_aux or balance.microbatch_aux or balance.global_aux):
-        return scores.new_zeros(())
-    if balance.bias != "none" or config.score_function == "sigmoid":
-        chosen = router.unbiased_choice(scores)
+    num_experts, top_k = scores.shape[-1], chosen.shape[-1]
     tokens_B = valid.sum(1).clamp_min(1)
     hits = torch.zeros_like(scores).scatter_(2, chosen, 1.0) * valid[..., None]
     hits_BE = hits.detach().sum(1)
     share = scores / scores.sum(-1, keepdim=True)
     share_BE = (share * valid[..., None]).sum(1)
-    per_hit = config.num_experts / config.top_k
+    per_hit = num_experts / top_k
     total = scores.new_zeros(())
     if balance.sequence_aux:
         f_BE, p_BE = hits_BE * per_hit / tokens_B[:, None], share_BE / tokens_B[:, None]
@@ -46,12 +41,9 @@ def auxiliary_loss(router: "Router", scores: Tensor, chosen: Tensor, valid: Tens
         f_E = hits_BE.sum(0) * per_hit / tokens
         total = total + balance.microbatch_aux * (f_E * mean_E).sum()
     if balance.global_aux:
-        last_E = router.last_counts
-        f_E = (
-            last_E * config.num_experts / last_E.sum().clamp_min(1)
-            if last_E.any()
-            else torch.ones_like(mean_E)
-        )
+        f_E = torch.ones_like(mean_E)
+        if last_counts.any():
+            f_E = last_counts * num_experts / last_counts.sum()
         total = total + balance.global_aux * (f_E * mean_E).sum()
     return total
 
@@ -67,15 +59,14 @@ def bias_rate(balance: BalanceConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def update_bias(router: "Router", counts_E: Tensor, rate: float) -> None:
-    """Move the bias by the counts [E] of the global batch, summed over every rank with distinct tokens."""
-    router.last_counts.copy_(counts_E)
+def update_bias(balance: BalanceConfig, bias: Tensor, counts: Tensor, rate: float) -> None:
+    """Move the bias [E] by the counts [E] of the global batch, over every rank with distinct tokens."""
     if rate == 0.0:
         return
     # E times the distance from the mean, in integers: its sign without rounding.
-    above_E = counts_E * len(counts_E) - counts_E.sum()
-    router.bias.sub_(rate * above_E.sign().float())
-    if router.balance.bias_center:
-        router.bias.sub_(router.bias.mean())
-    if router.balance.bias_clamp is not None:
-        router.bias.clamp_(-router.balance.bias_clamp, router.balance.bias_clamp)
+    above = counts * len(counts) - counts.sum()
+    bias.sub_(rate * above.sign().float())
+    if balance.bias_center:
+        bias.sub_(bias.mean())
+    if balance.bias_clamp is not None:
+        bias.clamp_(-balance.bias_clamp, balance.bias_clamp)

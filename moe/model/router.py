@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
-from moe.model.balance import auxiliary_loss
+from moe.model.balance import auxiliary_loss, update_bias
 from parallel.linear import Linear, linear
 
 
@@ -61,9 +61,7 @@ class Router(nn.Module):
             choice_TE = scores_TE if self.balance.bias == "none" else scores_TE + self.bias
             experts_TK = self._group_limited(choice_TE).topk(config.top_k, dim=-1, sorted=False).indices
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
-        loss = auxiliary_loss(
-            self, scores_TE.unflatten(0, valid.shape), experts_TK.unflatten(0, valid.shape), valid
-        )
+        loss = self._auxiliary_loss(scores_TE.unflatten(0, valid.shape), valid)
         routed_TK = experts_TK.masked_fill(~valid_T[:, None], config.num_experts)
         counts_E = torch.bincount(routed_TK.flatten(), minlength=config.num_experts + 1)[:-1]
         return weights_TK, loss, Routing(routed_TK, counts_E)
@@ -91,6 +89,17 @@ class Router(nn.Module):
         kept_Tg = group_TG.topk(config.top_groups, dim=-1, sorted=False).indices
         dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
         return choice_TGe.masked_fill(dropped_TG[:, :, None], -torch.inf).flatten(1)
+
+    def _auxiliary_loss(self, scores: Tensor, valid: Tensor) -> Tensor:
+        balance = self.balance
+        if not (balance.sequence_aux or balance.microbatch_aux or balance.global_aux):
+            return scores.new_zeros(())
+        return auxiliary_loss(balance, scores, self.unbiased_choice(scores), valid, self.last_counts)
+
+    def update(self, counts: Tensor, rate: float) -> None:
+        """Take a global batch's counts [E]: the bias moves at this rate, the global loss uses them next."""
+        self.last_counts.copy_(counts)
+        update_bias(self.balance, self.bias, counts, rate)
 
     def unbiased_choice(self, scores: Tensor) -> Tensor:
         """Top-k experts [B, S, K] of scores [B, S, E] as the auxiliary losses count them.

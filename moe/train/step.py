@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.config import RunConfig
 from moe.data.loader import Batch
-from moe.model.balance import bias_rate, update_bias
+from moe.model.balance import bias_rate
 from moe.model.layer import LayerLoad
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.transformer import Microbatch, Outcome, Transformer
@@ -79,7 +79,7 @@ class Trainer:
         self.optimizer.step(rate)
         layers = self._count_load([o.loads for o in outcomes], batches if count_domains else None)
         for name, router in self.model.routers():
-            update_bias(router, layers[name].counts, bias_rate(config.balance, step, config.train.steps))
+            router.update(layers[name].counts, bias_rate(config.balance, step, config.train.steps))
         losses = self._mean_losses(outcomes, labels)
         return StepResult(
             loss=losses[0],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.config import BalanceConfig, ModelConfig
-from moe.model.balance import bias_rate, update_bias
+from moe.model.balance import bias_rate
 from moe.model.router import Router
 from parallel.pipeline.tape import Tape, run
 
@@ -27,7 +27,7 @@ def build(balance: BalanceConfig, config: ModelConfig = SIGMOID) -> Router:
 
 def updated(counts: list[int], balance: BalanceConfig | None = None, rate: float = 0.5) -> list[float]:
     router = Router(replace(SIGMOID, num_experts=len(counts)), balance or BalanceConfig())
-    update_bias(router, torch.tensor(counts), rate)
+    router.update(torch.tensor(counts), rate)
     assert router.last_counts.tolist() == counts
     return router.bias.tolist()
 
@@ -49,7 +49,7 @@ def test_huge_counts_are_compared_exactly() -> None:
 def test_updates_add_up() -> None:
     router = Router(replace(SIGMOID, num_experts=2), BalanceConfig())
     for _ in range(3):
-        update_bias(router, torch.tensor([5, 1]), 1e-3)
+        router.update(torch.tensor([5, 1]), 1e-3)
     assert router.bias.tolist() == pytest.approx([-3e-3, 3e-3])
 
 
@@ -93,7 +93,7 @@ def test_the_bias_evens_out_a_router() -> None:
     for _ in range(150):
         _, _, routing = router(hidden, torch.ones(8, 64, dtype=torch.bool))
         counts.append(routing.counts_E)
-        update_bias(router, routing.counts_E, 5e-3)
+        router.update(routing.counts_E, 5e-3)
     assert counts[0].max() > 1.5 * counts[0].float().mean()
     assert counts[-1].max() < 1.1 * counts[-1].float().mean()
 

@@ -89,6 +89,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     validation = run.evaluated.get(ALL)
     speeds = [row["tokens_per_second"] for row in run.train if row["tokens_per_second"] is not None]
     span = f"last {run.window_steps:,} steps"
+    losses = [row["loss"] for row in run.train[-run.window_steps :] if row["loss"] is not None]
     violation = deaths = dropped = NONE
     if run.layers:
         mean = statistics.fmean(load.max_vio_window for load in run.layers)
@@ -99,7 +100,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     return [
         ("Steps", f"{last['step']:,}" if last else NONE),
         ("Tokens", f"{last['tokens']:,}" if last else NONE),
-        ("Training loss", _number(last.get("loss"))),
+        ("Training loss", f"{statistics.fmean(losses):.3f} (mean, {span})" if losses else NONE),
         ("Validation loss", _number(validation)),
         ("Perplexity", _perplexity(validation)),
         ("Tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else NONE),

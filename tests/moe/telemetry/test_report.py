@@ -62,7 +62,7 @@ def test_summary(run_dir: Path) -> None:
     assert summary(run_dir) == [
         ("Steps", "3"),
         ("Tokens", "1,536"),
-        ("Training loss", "1.000"),
+        ("Training loss", "1.500 (mean, last 2 steps)"),
         ("Validation loss", "2.000"),
         ("Perplexity", "7.39"),
         ("Tokens/s", "3,000 (median)"),

@@ -1,4 +1,4 @@
-"""The layer of experts: a loop over tokens, and the same to 1e-6 however the experts are cut."""
+"""The layer of experts: a loop over tokens, and the same to 5e-6 however the experts are cut."""
 
 import math
 from dataclasses import replace
@@ -136,10 +136,10 @@ def cut(rank: int, world_size: int, case: Case, ep: int, recompute: bool) -> Res
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Equal to 1e-6 of the expected tensor's norm."""
+    """Equal to 5e-6 of the expected tensor's norm."""
     assert found.shape == expected.shape, what
     error, size = (found - expected).norm().item(), expected.norm().item()
-    assert error <= 1e-6 * size, f"{what}: {error} of {size}"
+    assert error <= 5e-6 * size, f"{what}: {error} of {size}"
 
 
 def assert_same_load(found: LayerLoad, expected: LayerLoad) -> None:

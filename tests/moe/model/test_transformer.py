@@ -173,10 +173,10 @@ def plainly(case: Case, parts: int) -> Result:
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Equal to 1e-6 of the expected tensor's norm."""
+    """Equal to 5e-6 of the expected tensor's norm."""
     assert found.shape == expected.shape, what
     error, size = (found - expected).norm().item(), expected.norm().item()
-    assert error <= 1e-6 * size, f"{what}: {error} of {size}"
+    assert error <= 5e-6 * size, f"{what}: {error} of {size}"
 
 
 @pytest.mark.parametrize(("world_size", "ep", "recompute"), [(2, 2, False), (4, 4, True), (4, 2, False)])

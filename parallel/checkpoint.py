@@ -10,7 +10,6 @@ Any layout can read any checkpoint, tensor by tensor. Nothing is unpickled. Rank
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from parallel.collectives import Group, barrier, group_rank, group_size
 from parallel.errors import UserError
+from parallel.files import durable_file, sync
 
 _INDEX = "index.json"
 
@@ -76,7 +76,7 @@ def save(
     barrier(group)
     path = partial / f"rank-{rank:05d}.safetensors"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
+    sync(path)
     entry = {"sha256": _digest(path), "bytes": path.stat().st_size, "tensors": sorted(tensors)}
     _write(partial / f"rank-{rank:05d}.json", json.dumps(entry))
     barrier(group)
@@ -94,7 +94,7 @@ def _finish(partial: Path, final: Path, ranks: int, index: dict[str, Any]) -> No
         index["files"][f"rank-{rank:05d}.safetensors"] = json.loads(entry.read_text())
         entry.unlink()
     _write(partial / _INDEX, json.dumps(index))
-    _sync(partial)
+    sync(partial)
     replaced = final.parent / f".{final.name}.replaced.partial"
     if final.exists():  # the same step, of a run that went back
         final.rename(replaced)
@@ -103,7 +103,7 @@ def _finish(partial: Path, final: Path, ranks: int, index: dict[str, Any]) -> No
     latest = final.parent / ".latest.partial"
     _write(latest, final.name + "\n")
     latest.rename(final.parent / "latest")
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
@@ -165,16 +165,5 @@ def _digest(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or folder's content on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with durable_file(path) as file:
+        file.write(text.encode())

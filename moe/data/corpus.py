@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moe.config import DataConfig
-from moe.data.shards import TokenShards, durable_file, read_manifest, write_shards
+from moe.data.shards import TokenShards, read_manifest, write_shards
 from moe.data.sources import SourceFile, list_files, read_documents
 from moe.data.tokenizer import (
     check_tokenizer,
@@ -31,6 +30,7 @@ from moe.data.tokenizer import (
     train_tokenizer,
 )
 from parallel.errors import UserError
+from parallel.files import durable_file, sync
 
 FORMAT = 1  # raise it when the same settings would give other files
 SAMPLE_BYTES = 1 << 26  # of text that a tokenizer is trained on
@@ -152,19 +152,10 @@ def _build(
 
 def _install(built: Path, folder: Path) -> None:
     """Rename a whole corpus to its entry of the cache, unless another process was first."""
-    _sync(built)
+    sync(built)
     try:
         built.rename(folder)
     except OSError:
         if read_manifest(folder) is None:
             raise
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

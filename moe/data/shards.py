@@ -15,17 +15,15 @@ the size of everything else: a folder without a manifest, or that disagrees with
 import hashlib
 import itertools
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from moe.data.sources import Document
+from parallel.files import durable_file
 
 SHARD_TOKENS = 1 << 26
 MANIFEST = "manifest.json"
@@ -54,15 +52,6 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return manifest if whole else None
-
-
-@contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing; on leaving, its bytes are on the disk."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_shards(

@@ -22,6 +22,7 @@ from moe.hf.config import lost_to_hf, to_hf
 from moe.hf.inventory import complete, is_bias
 from moe.hf.load import INDEX, SINGLE
 from parallel.errors import UserError
+from parallel.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def save(
         dtypes = _write_shards(partial, _released(config, tensors, dtype), shard_bytes)
         config_json["torch_dtype"] = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
         _write_json(partial / "config.json", config_json)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -102,7 +103,7 @@ def _write_shards(
     def flush() -> None:
         path = folder / f"{len(shards)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
-        _sync(path)
+        sync(path)
         shards.append(list(pending))
         pending.clear()
 
@@ -128,12 +129,4 @@ def _write_shards(
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

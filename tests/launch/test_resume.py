@@ -82,6 +82,15 @@ def assert_equal_runs(folder: Path, run: str) -> None:
         assert rows(folder, run, file) == expected
 
 
+def test_every_step_reads_new_sequences(place: Path) -> None:
+    """The cursor has moved by a batch per step, and the checkpoint holds it."""
+    index = place / "runs" / "whole" / "checkpoints" / f"step-{STEPS}" / "index.json"
+    state = json.loads(index.read_text())["state"]
+    assert (state["step"], state["sequences"]) == (STEPS, STEPS * 8)
+    steps = [row for row in rows(place, "whole", "metrics.jsonl") if "loss" in row]
+    assert state["tokens"] == steps[-1]["tokens"] > 0
+
+
 def kill_at(folder: Path, step: int, *arguments: str) -> None:
     """Start a run and end every process of it at once when a step is done, or within the next ones."""
     process = start(folder, *arguments)

@@ -7,7 +7,7 @@ as a `UserError`. No torch.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,21 @@ def write_yaml(config: RunConfig) -> str:
 
 def read_yaml(path: Path) -> RunConfig:
     """The complete config that a file holds, as `write_yaml` wrote it."""
-    return build(RunConfig, _load(path))
+    values = _load(path)
+    missing = sorted(set(known_keys(RunConfig)) - set(_dotted(values)))
+    if missing:
+        raise UserError(
+            f"{path} must hold every setting of its run, but lacks `{missing[0]}`: restore the file or begin "
+            "another run"
+        )
+    return build(RunConfig, values)
+
+
+def _dotted(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{path}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{path}{key}.")
 
 
 def parse_yaml(text: str) -> RunConfig:

@@ -101,6 +101,9 @@ def _verdict(failures: Mapping[int, Failure], signals_received: int) -> int:
         return INTERRUPTED
     if 2 in bad.values():
         return 2
+    if signals_received > 1:
+        print("switchyard: stopped at once; steps since the last checkpoint are lost", file=sys.stderr)
+        return 1
     rank = min(bad, key=lambda r: (bad[r] > 0, r))  # peers of a killed rank exit with a lost connection
     how = f"exit code {bad[rank]}" if bad[rank] > 0 else signal.Signals(-bad[rank]).name
     print(f"switchyard: rank {rank} ended with {how}", file=sys.stderr)

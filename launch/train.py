@@ -6,11 +6,12 @@ rank 0 decides in the same way and tells the others. `python -m launch.train` is
 """
 
 import itertools
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,13 +63,18 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     config = compose.from_recipe(recipe, overrides)
     runs = Path(config.launch.runs)
     run = named.get("run") or new_run_name(runs, recipe)
-    if run in (".", "..") or "/" in run:
-        raise UserError(f"`run` must be the name of a folder, but is {run!r}: set `launch.runs` to place it")
+    if not re.fullmatch(r"[^\W_][\w.+=@-]{0,99}", run):
+        raise UserError(
+            "`run` must be a folder's name of at most 100 letters, digits, `-`, `_` and `.`, but is "
+            f"{run[:100]!r}: set `launch.runs` to place it elsewhere"
+        )
     folder = runs / run
     resumes = folder.exists()
     if resumes:
         recipe = _saved_recipe(folder, named.get("recipe"))
+        saved = compose.read_yaml(folder / CONFIG)
         config = compose.from_saved(folder / CONFIG, overrides)
+        _check_same_model(run, saved, config)
     layout = validate(config, world_size)
     return Plan(config=config, layout=layout, recipe=recipe, folder=folder, resumes=resumes)
 
@@ -93,6 +99,19 @@ def _saved_recipe(folder: Path, wanted: str | None) -> str:
             "resume it, or choose another `run=`"
         )
     return saved
+
+
+def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
+    """A run's weights have one shape and precision from its first step on."""
+    before, now = asdict(saved.model), asdict(wanted.model)
+    changed = [(f"model.{key}", before[key], now[key]) for key in before if before[key] != now[key]]
+    if saved.train.precision != wanted.train.precision:
+        changed.append(("train.precision", saved.train.precision, wanted.train.precision))
+    for field, was, is_now in changed:
+        raise UserError(
+            f"`{field}` of run `{run}` must stay {was}, but is {is_now}: leave it out to resume, or choose "
+            "another `run=`"
+        )
 
 
 def describe(plan: Plan) -> str:

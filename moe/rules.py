@@ -167,7 +167,7 @@ _NOT_NEGATIVE = (
     *("balance.bias_rate", "balance.bias_freeze_step", "balance.bias_clamp", "balance.sequence_aux"),
     *("balance.microbatch_aux", "balance.global_aux", "optim.warmup_steps", "optim.clip_norm"),
     *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every"),
-    *("train.eval_sequences", "train.sample_tokens", "telemetry.domains_every"),
+    *("train.eval_sequences", "train.sample_tokens", "train.seed", "telemetry.domains_every"),
 )
 _SHARE = ("optim.min_lr_ratio", "optim.decay_fraction")
 _BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2")
@@ -186,5 +186,7 @@ def _validate_ranges(config: RunConfig) -> None:
     for names, holds, rule, remedy in rules:
         for name in names:
             value: Any = functools.reduce(getattr, name.split("."), config)
-            if value is not None and not (holds(value) and math.isfinite(value)):
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"`{name}` must be finite, but is {value}: {remedy}")
+            if value is not None and not holds(value):
                 raise UserError(f"`{name}` must {rule}, but is {value}: {remedy}")

@@ -22,6 +22,7 @@ from moe.model.transformer import Transformer
 from moe.telemetry.load import max_vio
 from moe.telemetry.sinks import replace_file
 from moe.train.step import Trainer
+from parallel.errors import UserError
 from parallel.groups import single
 
 FAVOURED = 2  # experts per layer
@@ -34,6 +35,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        raise UserError(f"`--steps` must be at least 1, but is {options.steps}: use 200")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise UserError(
+            f"`--json` must lie in an existing folder, but {options.json} does not: make it first"
+        )
     result = measure(small_config(options.steps))
     for row in result["rows"]:
         print(f"  bias {row['bias']:<8} MaxVio first step {row['first']:6.3f}   tail {row['tail']:6.3f}")

@@ -165,7 +165,7 @@ def _rows(stream: TextIO, file: SourceFile, config: DataConfig) -> Iterator[Docu
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from brackets without end
         reason = str(error)
     else:
         if isinstance(row, dict):

@@ -201,7 +201,9 @@ class _Run:
 
     def _leave(self, shown: Progress | None) -> int:
         if shown:
-            shown.note(f"saved at step {self.position.step}; continue with: train run={self.folder.name}")
+            shown.note(
+                f"saved at step {self.position.step}; continue with: switchyard train run={self.folder.name}"
+            )
             shown.close()
         return INTERRUPTED
 

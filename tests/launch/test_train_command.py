@@ -67,10 +67,34 @@ def test_resuming_under_the_same_recipe_is_fine_and_under_another_is_not() -> No
         train.make_plan(["recipe=tiny", "run=first"])
 
 
-@pytest.mark.parametrize("run", ["a/b", "..", "."])
+@pytest.mark.parametrize("run", ["a/b", "..", ".", "x" * 300, "a\nb", "--x"])
 def test_a_run_is_one_folder(run: str) -> None:
-    with pytest.raises(UserError, match="`run` must be the name of a folder"):
+    with pytest.raises(UserError, match="`run` must be a folder's name of at most 100 letters"):
         train.make_plan([f"run={run}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.hidden_size=64", "`model.hidden_size` of run `first` must stay 256, but is 64: "),
+        ("train.precision=bf16", "`train.precision` of run `first` must stay fp32, but is bf16: "),
+    ],
+)
+def test_a_resumed_model_keeps_its_shape(here: Path, override: str, sentence: str) -> None:
+    """And the refused command leaves the run's settings as they were."""
+    folder = begin("run=first").folder
+    before = (folder / train.CONFIG).read_text()
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        begin("run=first", override)
+    assert (folder / train.CONFIG).read_text() == before
+
+
+def test_incomplete_saved_settings(here: Path) -> None:
+    """They are not filled with defaults: the run would go on as another."""
+    folder = begin("run=first").folder
+    (folder / train.CONFIG).write_text("model: {num_layers: 3}\n")
+    with pytest.raises(UserError, match="must hold every setting of its run, but lacks `balance`"):
+        begin("run=first")
 
 
 def test_a_strange_folder_is_left_alone(here: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench import balance
+from parallel.errors import UserError
 
 
 def test_the_bias_evens_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,3 +19,18 @@ def test_the_bias_evens_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert without["tail"] > 0.5  # which does not even out by itself
     assert result["ratio"] == with_bias["tail"] / without["tail"] < 1 / 3
     assert "tail with the bias / without" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "0"], "`--steps` must be at least 1, but is 0: "),
+        (
+            ["--json", "nowhere/x.json"],
+            "`--json` must lie in an existing folder, but nowhere/x.json does not: ",
+        ),
+    ],
+)
+def test_mistakes_cost_no_time(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        balance.main(arguments)

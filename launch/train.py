@@ -118,10 +118,16 @@ def describe(plan: Plan) -> str:
     """The settings as YAML, with the run and its launch in comments above."""
     what = "resumed" if plan.resumes else "new"
     command = shlex.join(_rank_command(plan.folder))
+    notes = "".join(f"# note: {note}\n" for note in _notes(plan))
     return (
         f"# run {plan.folder} ({what}), recipe {plan.recipe}\n"
-        f"# launch {plan.layout.world_size} x {command}\n{compose.write_yaml(plan.config)}"
+        f"# launch {plan.layout.world_size} x {command}\n{notes}{compose.write_yaml(plan.config)}"
     ).rstrip()
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What a layout does that its user may not want."""
+    return list(plan.layout.across_nodes(plan.config.cluster.gpus_per_node))
 
 
 def _rank_command(folder: Path) -> list[str]:
@@ -158,6 +164,8 @@ def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
 
 def _begin(plan: Plan) -> None:
     """Prepare the data, then write the run's folder: a mistake in the data leaves no folder behind."""
+    for note in _notes(plan):
+        print(f"note: {note}", flush=True)
     prepare(plan.config.data, plan.config.model.vocab_size, print)
     try:
         plan.folder.mkdir(parents=True, exist_ok=plan.resumes)

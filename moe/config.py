@@ -96,11 +96,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """How ranks share the work. `dp` None means as many ranks as were started, or as `ep` needs."""
+    """How ranks share the work. `dp` None means as many as the ranks that were started allow."""
 
+    tp: int = 1  # cuts heads, dense widths and vocabulary, and the sequence between them
+    cp: int = 1  # cuts long sequences for attention
+    pp: int = 1  # cuts the layers into stages
     dp: int | None = None
-    ep: int = 1
+    ep: int = 1  # spreads experts over the ranks of a stage, whatever these are to attention
+    etp: int = 1  # cuts each expert
     microbatches: int = 1  # per data-parallel rank and step
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
     overlap: bool = True  # hide one microbatch's all-to-all behind its neighbour's compute
 
 
@@ -118,6 +123,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients travel as; added up in fp32 before
+    moments: Literal["fp32", "bf16"] = "fp32"  # how they are kept; computed in fp32
+    fused: Literal["torch", "apex", "te"] = "torch"  # whose kernel; te is Transformer Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +139,8 @@ class TrainConfig:
     recompute: Literal["none", "full"] = "none"
     mtp_weight: float = 0.3
     save_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last so many
+    keep_every: int = 0  # and, for good, those of every so many steps
     eval_every: int = 50
     eval_sequences: int = 64
     sample_prompt: str = ""
@@ -145,6 +154,13 @@ class TelemetryConfig:
     window: int = 50  # steps of the windowed MaxVio
     domains_every: int = 10  # steps between per-domain slices (0: never)
     log_every: int = 10  # steps between plain progress lines when there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The machines."""
+
+    gpus_per_node: int = 8  # joined by fast links
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,4 +182,5 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

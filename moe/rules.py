@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from moe.config import ModelConfig, RunConfig
 from parallel.errors import UserError
-from parallel.layout import Layout, alternatives
+from parallel.layout import Layout, alternatives, length_multiple
 
 Config = TypeVar("Config")
 
@@ -81,11 +81,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     _validate_model(config.model)
     layout = _layout(config, world_size)
     model, batch = config.model, config.train.batch_size
-    if config.model.num_experts % layout.ep:
-        raise UserError(
-            f"`layout.ep` must divide `model.num_experts`, but {layout.ep} does not divide "
-            f"{model.num_experts}: use {alternatives(model.num_experts, layout.ep)}"
-        )
+    _validate_cuts(config, layout)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
         near = sorted({max(parts, batch // parts * parts), (batch // parts + 1) * parts})
@@ -103,14 +99,54 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
 
 def _layout(config: RunConfig, world_size: int | None) -> Layout:
     wanted = config.layout
-    dp = wanted.dp if wanted.dp is not None else (world_size or wanted.ep)
-    layout = Layout(dp=dp, ep=wanted.ep)
+    attention, experts = wanted.tp * wanted.cp, wanted.ep * wanted.etp
+    dp = wanted.dp
+    if dp is None and world_size is not None:
+        dp = max(1, world_size // (attention * wanted.pp))
+    elif dp is None:  # the fewest ranks that hold all experts
+        dp = experts // math.gcd(experts, attention)
+    layout = Layout(tp=wanted.tp, cp=wanted.cp, dp=dp, pp=wanted.pp, ep=wanted.ep, etp=wanted.etp)
     if world_size is not None and world_size != layout.world_size:
         raise UserError(
-            f"`layout.dp` must equal the number of ranks, but the layout needs {layout.world_size} and "
-            f"{world_size} were started: start {layout.world_size} or set `layout.dp={world_size}`"
+            "`layout.tp` x `layout.cp` x `layout.dp` x `layout.pp` must equal the number of ranks, but the "
+            f"layout needs {layout.world_size} and {world_size} were started: start {layout.world_size} or "
+            "change one of them"
         )
     return layout
+
+
+def _validate_cuts(config: RunConfig, layout: Layout) -> None:
+    """What a layout cuts must divide evenly."""
+    model = config.model
+    shared = model.num_shared_experts * model.moe_intermediate_size
+    cuts = (
+        ("ep", "model.num_experts", model.num_experts),
+        ("etp", "model.moe_intermediate_size", model.moe_intermediate_size),
+        ("tp", "model.num_heads", model.num_heads),
+        ("tp", "model.vocab_size", model.vocab_size),
+        ("tp", "model.intermediate_size", model.intermediate_size),
+        ("tp", "model.num_shared_experts` x `model.moe_intermediate_size", shared),
+    )
+    for axis, field, number in cuts:
+        degree = getattr(layout, axis)
+        if number % degree:  # 0 is divided by anything: no shared experts
+            raise UserError(
+                f"`layout.{axis}` must divide `{field}`, but {degree} does not divide {number}: "
+                f"use {alternatives(number, degree)}"
+            )
+    length, multiple = config.data.sequence_length, length_multiple(layout.cp, layout.tp)
+    if length % multiple:
+        rule = "`layout.tp`" if layout.cp == 1 else "2 x `layout.cp` x `layout.tp`"
+        near = sorted({max(multiple, length // multiple * multiple), (length // multiple + 1) * multiple})
+        raise UserError(
+            f"`data.sequence_length` must be a multiple of {rule}, but {length} is not a multiple of "
+            f"{multiple}: use {' or '.join(str(each) for each in near)}"
+        )
+    if layout.pp > model.num_layers + 1:
+        raise UserError(
+            "`layout.pp` must not exceed `model.num_layers` + 1 (the head may stand alone), but "
+            f"{layout.pp} > {model.num_layers + 1}: use at most {model.num_layers + 1}"
+        )
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -158,7 +194,8 @@ _POSITIVE = (
     *("model.q_lora_rank", "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim"),
     *("model.v_head_dim", "model.rms_norm_eps", "model.rope.factor", "model.rope.original_context"),
     *("model.rope.beta_fast", "model.rope.beta_slow"),
-    *("data.sequence_length", "layout.dp", "layout.ep", "layout.microbatches"),
+    *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
+    *("layout.microbatches", "cluster.gpus_per_node"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
     *("telemetry.window", "telemetry.log_every", "launch.threads"),
 )
@@ -166,7 +203,7 @@ _NOT_NEGATIVE = (
     *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),
     *("balance.bias_rate", "balance.bias_freeze_step", "balance.bias_clamp", "balance.sequence_aux"),
     *("balance.microbatch_aux", "balance.global_aux", "optim.warmup_steps", "optim.clip_norm"),
-    *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every"),
+    *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every", "train.keep_every"),
     *("train.eval_sequences", "train.sample_tokens", "train.seed", "telemetry.domains_every"),
 )
 _SHARE = ("optim.min_lr_ratio", "optim.decay_fraction")

@@ -1,8 +1,10 @@
-"""Moving uneven rows between ranks, in flight or at once, with gradients; identity without a group.
+"""Moving tensors between ranks, in flight or at once, with gradients; identity without a group.
 
 `start_all_to_all` returns a `Wire`: the exchange is under way and `wait()` gives the rows. On gloo
 that waits for a work handle, on NCCL it inserts a stream dependency; callers see one code path.
-Legend: N rows, D columns.
+`gather_sequence` and `scatter_sum` are the two ends of a tensor-parallel region: between them a rank
+holds the whole sequence and a part of the weights, outside a stretch of the sequence.
+Legend: N rows, B sequences, S positions, s positions of this rank.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
+
+# Named anew in torch 2.13, which warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelGroups:
+    """The groups that layers compute with; None where this rank stands alone, all None: the plain layer.
+
+    `tp` cuts heads, dense widths and the vocabulary, and outside them the sequence; `cp` cuts the
+    sequence for attention; `tp_cp`: ranks that together hold whole sequences. `ep` spreads experts,
+    `etp` cuts each; `ep_etp`: ranks that together hold all experts whole.
+    """
+
+    tp: Group = None
+    cp: Group = None
+    tp_cp: Group = None
+    ep: Group = None
+    etp: Group = None
+    ep_etp: Group = None
+
+
+ALONE = ModelGroups()
 
 
 def group_size(group: Group) -> int:
@@ -81,6 +108,62 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
     if splits.group is None:
         return rows
     return _AllToAll.apply(rows, splits)
+
+
+def start_all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Any:
+    """Fill `whole` with every rank's `part`, in rank order along dim 0; returns the work."""
+    return _all_gather(whole, part, group=group, async_op=True)
+
+
+def start_reduce_scatter(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Any:
+    """Sum `whole` over the ranks and fill `part` with this rank's stretch of dim 0; returns the work."""
+    return _reduce_scatter(part, whole, group=group, async_op=True)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter_sum(grads[0], ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter_sum(whole, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.group), None
+
+
+def gather_sequence(part: Tensor, group: Group) -> Tensor:
+    """[B, s, ...] of every rank side by side: [B, S, ...]. The gradient is summed and scattered."""
+    return part if group is None else _GatherSequence.apply(part, group)
+
+
+def scatter_sum(whole: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of [B, S, ...], of which each keeps its stretch [B, s, ...]."""
+    return whole if group is None else _ScatterSum.apply(whole, group)
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = dist.get_world_size(group)
+    whole = part.new_empty((ranks * part.shape[0], *part.shape[1:]))
+    start_all_gather(whole, part.contiguous(), group).wait()
+    return whole.unflatten(0, (ranks, -1)).movedim(0, 1).flatten(1, 2)
+
+
+def _scatter_sum(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    by_rank = whole.unflatten(1, (dist.get_world_size(group), -1)).movedim(1, 0)
+    part = torch.empty_like(by_rank[0], memory_format=torch.contiguous_format)
+    start_reduce_scatter(part, by_rank.flatten(0, 1).contiguous(), group).wait()
+    return part
 
 
 def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

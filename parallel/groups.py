@@ -12,28 +12,52 @@ from types import ModuleType
 
 import torch.distributed as dist
 
-from parallel.collectives import Group
+from parallel.collectives import Group, ModelGroups
 from parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Groups:
+class Groups(ModelGroups):
     """A rank's process groups; None where a group would hold this rank alone.
 
-    `dp`: every rank with distinct sequences. `ep`: ranks that together hold all experts.
-    `expert_dp`: ranks that hold the same experts.
+    Beside those that layers compute with: `dp_cp` holds the copies of what is cut over tp, `tp_dp_cp`
+    (the stage) those of what is whole, `expert_dp` those of experts; `embedding` the copies on the first
+    and last stage of what is cut over tp; `pp` the stages; `world` every rank.
     """
 
     layout: Layout
     rank: int
-    dp: Group
-    ep: Group
-    expert_dp: Group
+    dp: Group = None
+    pp: Group = None
+    dp_cp: Group = None
+    tp_dp_cp: Group = None
+    expert_dp: Group = None
+    embedding: Group = None
+    world: Group = None
+
+    def index(self, axis: str) -> int:
+        """This rank's place along an axis of the layout."""
+        return self.layout.coordinates(self.rank)[axis]
 
 
 def single() -> Groups:
     """The groups of a run on one rank: none."""
-    return Groups(layout=Layout(dp=1, ep=1), rank=0, dp=None, ep=None, expert_dp=None)
+    return Groups(layout=Layout(), rank=0)
+
+
+_ATTENTION = ("tp", "cp", "dp", "pp")  # of several axes the first varies fastest
+_EXPERTS = ("etp", "ep", "expert_dp", "pp")
+_ATTENTION_GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "dp": ["dp"],
+    "pp": ["pp"],
+    "tp_cp": ["tp", "cp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+    "world": ["tp", "cp", "dp", "pp"],
+}
+_EXPERT_GROUPS = {"etp": ["etp"], "ep": ["ep"], "ep_etp": ["etp", "ep"], "expert_dp": ["expert_dp"]}
 
 
 def build_groups(layout: Layout) -> Groups:
@@ -41,12 +65,35 @@ def build_groups(layout: Layout) -> Groups:
     if layout.world_size == 1:
         return single()
     assert dist.get_world_size() == layout.world_size
-    # The first dimension varies fastest: an expert-parallel group is a run of neighbouring ranks.
-    grid = _grid_module().HyperCommGrid([layout.ep, layout.expert_dp], ["ep", "expert_dp"])
-    made = {axis: grid.create_pg(axis) for axis in ("ep", "expert_dp")}
-    made["dp"] = grid.create_pg(["ep", "expert_dp"])
-    kept = {axis: group if dist.get_world_size(group) > 1 else None for axis, group in made.items()}
-    return Groups(layout=layout, rank=dist.get_rank(), **kept)
+    made = _build(layout, _ATTENTION, _ATTENTION_GROUPS) | _build(layout, _EXPERTS, _EXPERT_GROUPS)
+    return Groups(layout=layout, rank=dist.get_rank(), embedding=_embedding_group(layout), **made)
+
+
+def _build(layout: Layout, axes: tuple[str, ...], wanted: dict[str, list[str]]) -> dict[str, Group]:
+    """Groups by name; two names that mean the same ranks share a group."""
+    grid = _grid_module().HyperCommGrid([getattr(layout, axis) for axis in axes], list(axes))
+    made: dict[tuple[str, ...], Group] = {(): None}
+    for several in wanted.values():
+        long = tuple(axis for axis in several if getattr(layout, axis) > 1)
+        if long not in made:
+            made[long] = grid.create_pg(list(long))
+    return {
+        name: made[tuple(axis for axis in several if getattr(layout, axis) > 1)]
+        for name, several in wanted.items()
+    }
+
+
+def _embedding_group(layout: Layout) -> Group:
+    """Copies of what the first and the last stage both hold, where there are two."""
+    if layout.pp == 1:
+        return None
+    mine, rank, size = None, dist.get_rank(), layout.stage_size
+    for tp in range(layout.tp):
+        first = range(tp, size, layout.tp)
+        ranks = [*first, *(each + size * (layout.pp - 1) for each in first)]
+        group = dist.new_group(ranks)
+        mine = group if rank in ranks else mine
+    return mine
 
 
 def _grid_module() -> ModuleType:

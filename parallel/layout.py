@@ -1,46 +1,101 @@
 """The degrees of parallelism of a run, the rules they obey, and where a rank stands. No torch.
 
-Every data-parallel rank holds distinct sequences. Experts are spread over `ep` consecutive ranks
-and replicated over the remaining `expert_dp = dp / ep`; everything else is replicated over `dp`.
-EP varies fastest, so that an expert group's ranks share a node wherever a node is large enough.
+Ranks stand in two grids at once (Parallel Folding), whose first axis varies fastest:
+
+    attention   [tp, cp, dp, pp]          experts   [etp, ep, expert_dp, pp]
+
+A pipeline stage is `tp x cp x dp` neighbouring ranks, and the same ranks are `etp x ep x expert_dp`.
+With tensor parallelism the sequence is cut over `tp` too, so that every rank of a stage holds
+distinct tokens. TP, ETP and EP groups are runs of neighbours, inside a node wherever one is large enough.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from parallel.errors import UserError
 
+_ATTENTION = ("tp", "cp", "dp", "pp")
+_EXPERTS = ("etp", "ep", "expert_dp", "pp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees of parallelism: `dp` data-parallel ranks, `ep` of them sharing one set of experts."""
+    """Degrees of tensor, context, data and pipeline parallelism; experts over `ep`, each over `etp`."""
 
-    dp: int
-    ep: int
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp", "ep"):
+        for name in ("tp", "cp", "dp", "pp", "ep", "etp"):
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"`layout.{name}` must be at least 1, but is {value}: use 1 or more")
-        if self.dp % self.ep:
+        if self.stage_size % self.etp:
             raise UserError(
-                f"`layout.ep` must divide `layout.dp`, but {self.ep} does not divide {self.dp}: "
-                f"use {alternatives(self.dp, self.ep)}"
+                "`layout.etp` must divide `layout.tp` x `layout.cp` x `layout.dp`, but "
+                f"{self.etp} does not divide {self.stage_size}: use {alternatives(self.stage_size, self.etp)}"
             )
+        if self.stage_size % (self.ep * self.etp):
+            left = self.stage_size // self.etp
+            raise UserError(
+                "`layout.ep` must divide `layout.tp` x `layout.cp` x `layout.dp` / `layout.etp`, but "
+                f"{self.ep} does not divide {left}: use {alternatives(left, self.ep)}"
+            )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage; each holds distinct tokens."""
+        return self.tp * self.cp * self.dp
 
     @property
     def world_size(self) -> int:
         """Ranks of the whole run."""
-        return self.dp
+        return self.stage_size * self.pp
 
     @property
     def expert_dp(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.dp // self.ep
+        """Ranks of a stage that hold the same part of the same experts."""
+        return self.stage_size // (self.ep * self.etp)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a global rank stands along each axis."""
-        return {"dp": rank, "ep": rank % self.ep, "expert_dp": rank // self.ep}
+        """Where a global rank stands along each axis of both grids."""
+        return {**self._place(_EXPERTS, rank), **self._place(_ATTENTION, rank)}
+
+    def _place(self, axes: tuple[str, ...], rank: int) -> dict[str, int]:
+        place = {}
+        for axis in axes:
+            rank, place[axis] = divmod(rank, getattr(self, axis))
+        return place
+
+    def describe(self) -> str:
+        """The axes larger than one, as in ``tp2·pp2·ep4``; ``one rank`` where there is none."""
+        axes = [(axis, getattr(self, axis)) for axis in ("tp", "cp", "pp", "dp", "ep", "etp")]
+        return "·".join(f"{axis}{degree}" for axis, degree in axes if degree > 1) or "one rank"
+
+    def across_nodes(self, ranks_per_node: int) -> Iterator[str]:
+        """A sentence for each of TP, ETP and EP whose groups do not fit into nodes of this many ranks."""
+        for axes in (("tp",), ("etp",), ("etp", "ep")):
+            axis, size = axes[-1], math.prod(getattr(self, name) for name in axes)
+            nodes = {
+                (first // ranks_per_node, (first + size - 1) // ranks_per_node)
+                for first in range(0, self.world_size, size)
+            }
+            widest = max(last - first + 1 for first, last in nodes)
+            if getattr(self, axis) > 1 and widest > 1:
+                yield (
+                    f"`layout.{axis}` groups of {size} ranks reach over {widest} nodes of {ranks_per_node}: "
+                    f"their exchanges leave the fast links inside a node"
+                )
+
+
+def length_multiple(cp: int, tp: int) -> int:
+    """Every sequence's length must be a multiple of this."""
+    return tp if cp == 1 else 2 * cp * tp
 
 
 def divisors(number: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 A weight that carries `main_grad` (an fp32 buffer, see gradients.py) has its gradient added straight
 into it; a weight without one gets an ordinary `.grad`, so that a layer works alone in a notebook.
+A layer may hold a part of its weight; moving what the parts need is said where the layer is used.
 Legend: N rows, I inputs, O outputs, e experts of this rank.
 """
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.shards import mark_experts
+from parallel.collectives import Group, group_rank, group_size
+from parallel.shards import Cut, mark_cut, mark_experts
 
 
 def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: Tensor) -> None:
@@ -87,12 +89,35 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     return _Product.apply(rows, weight)
 
 
-class Linear(nn.Module):
-    """A weight [O, I] without bias."""
+def by_outputs(group: Group, *, sections: int = 1) -> Cut:
+    """Cut a weight so that each rank makes a part of the outputs, or of each of so many sections of them."""
+    return Cut(dim=0, index=group_rank(group), count=group_size(group), sections=sections)
 
-    def __init__(self, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32) -> None:
+
+def by_inputs(group: Group) -> Cut:
+    """Cut a weight so that each rank takes a part of the inputs; its outputs are parts of a sum."""
+    return Cut(dim=1, index=group_rank(group), count=group_size(group))
+
+
+WHOLE = Cut(dim=0, index=0, count=1)
+
+
+def _part_shape(num_outputs: int, num_inputs: int, cut: Cut) -> tuple[int, int]:
+    shape = [num_outputs, num_inputs]
+    assert shape[cut.dim] % (cut.count * cut.sections) == 0, f"{shape} cannot be cut as {cut}"
+    shape[cut.dim] //= cut.count
+    return shape[0], shape[1]
+
+
+class Linear(nn.Module):
+    """A weight [O, I] without bias, or this rank's part of it."""
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32, cut: Cut = WHOLE
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(_part_shape(num_outputs, num_inputs, cut), dtype=dtype))
+        mark_cut(self.weight, cut)
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -109,16 +134,22 @@ class GroupedLinear(nn.Module):
         num_inputs: int,
         num_outputs: int,
         dtype: torch.dtype = torch.float32,
+        cut: Cut = WHOLE,
     ) -> None:
         super().__init__()
-        self.first = first
-        self.weight = nn.Parameter(torch.empty(num_local, num_outputs, num_inputs, dtype=dtype))
-        mark_experts(self.weight, first)
+        self.first, self.cut = first, cut
+        shape = (num_local, *_part_shape(num_outputs, num_inputs, cut))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self._mark()
+
+    def _mark(self) -> None:
+        mark_experts(self.weight, self.first)
+        mark_cut(self.weight, self.cut)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied parameter has lost its mark, without which its gradient would be reduced as dense."""
+        """A copied parameter has lost its marks, without which its gradient would be reduced as dense."""
         super().__setstate__(state)
-        mark_experts(self.weight, self.first)
+        self._mark()
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.model.transformer import Transformer
-from parallel.shards import canonical_parameters
+from parallel.shards import Piece, parameter_pieces
 
 
 def is_bias(name: str) -> bool:
@@ -15,12 +15,19 @@ def is_bias(name: str) -> bool:
     return name.endswith(".router.bias")
 
 
-def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, writable view) of all that a model file holds; only this rank's experts."""
-    yield from canonical_parameters(model)
+def model_pieces(model: Transformer) -> Iterator[Piece]:
+    """All that a model file holds as far as it lives on this rank, as views that can be written."""
+    yield from parameter_pieces(model)
     for name, buffer in model.named_buffers():
         if is_bias(name):
-            yield name, buffer
+            yield Piece(name, tuple(buffer.shape), (0,), buffer)
+
+
+def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, writable view) of all that an uncut model's file holds; only this rank's experts."""
+    for piece in model_pieces(model):
+        assert piece.tensor.shape == piece.shape, f"{piece.name} is cut"
+        yield piece.name, piece.tensor
 
 
 def complete(config: ModelConfig) -> dict[str, torch.Size]:

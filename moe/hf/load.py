@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from moe.hf import names
 from moe.hf.config import from_hf, lost_from_hf
-from moe.hf.inventory import complete, is_bias, model_tensors
+from moe.hf.inventory import complete, is_bias, model_pieces
 from moe.model.transformer import Transformer
-from parallel.collectives import Group
+from parallel.collectives import ALONE, ModelGroups
 from parallel.errors import UserError
+from parallel.shards import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ class _Stored(NamedTuple):
     handle: Any
 
 
-def open_model(folder: Path, *, group: Group = None, dtype: torch.dtype = torch.float32) -> Transformer:
+def open_model(
+    folder: Path, *, groups: ModelGroups = ALONE, dtype: torch.dtype = torch.float32
+) -> Transformer:
     """The model of a folder with `config.json` and safetensors; what it cannot keep is logged.
 
     MTP modules that the configuration counts but the files lack (transformers saves none) are left out.
@@ -56,7 +58,7 @@ def open_model(folder: Path, *, group: Group = None, dtype: torch.dtype = torch.
             num_mtp_layers,
         )
         config = dataclasses.replace(config, num_mtp_layers=num_mtp_layers)
-    model = Transformer(config, balance, group, dtype, seed=None)
+    model = Transformer(config, balance, groups, dtype, seed=None)
     load(model, folder)
     return model
 
@@ -71,7 +73,7 @@ def load(model: Transformer, folder: Path) -> None:
     with ExitStack() as stack:
         stored = _open_files(folder, stack)
         _check_names(model, folder, stored)
-        for name, target in _targets(model):
+        for name, part in _parts(model):
             if name not in stored:
                 raise UserError(
                     f"`{folder}` must hold the tensor `{name}`, but lacks it: copy the whole model again "
@@ -79,23 +81,30 @@ def load(model: Transformer, folder: Path) -> None:
                 )
             path, handle = stored[name]
             shape = tuple(handle.get_slice(name).get_shape())
-            if shape != target.shape:
+            if shape != part.shape:
                 raise UserError(
-                    f"`{name}` in `{path}` must have shape {tuple(target.shape)}, but has {shape}: "
+                    f"`{name}` in `{path}` must have shape {part.shape}, but has {shape}: "
                     "use the configuration that the weights were trained with"
                 )
-        for name, target in _targets(model):
-            target.copy_(stored[name].handle.get_tensor(name))
+        for name, part in _parts(model):
+            part.tensor.copy_(stored[name].handle.get_slice(name)[part.place])
     _settle_biases(model, folder)
 
 
-def _targets(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(released name, place) of every tensor that this rank reads."""
-    for name, tensor in model_tensors(model):
-        if is_bias(name) and model.config.score_function == "softmax":
+def _parts(model: Transformer) -> Iterator[tuple[str, Piece]]:
+    """(released name, piece of that tensor) of all that this rank reads."""
+    for piece in model_pieces(model):
+        if is_bias(piece.name) and model.config.score_function == "softmax":
             continue
-        parts = names.to_hf(name, model.config.num_layers)
-        yield from zip(parts, tensor.chunk(len(parts)), strict=True)
+        parts = names.to_hf(piece.name, model.config.num_layers)
+        rows = piece.shape[0] // len(parts)
+        begin, end = piece.place[0].start, piece.place[0].stop
+        for index, name in enumerate(parts):  # gate and up are one tensor here, two in the files
+            low, high = max(begin, index * rows), min(end, (index + 1) * rows)
+            if low < high:
+                offset = (low - index * rows, *piece.offset[1:])
+                shape = (rows, *piece.shape[1:])
+                yield name, Piece(name, shape, offset, piece.tensor[low - begin : high - begin])
 
 
 def _settle_biases(model: Transformer, folder: Path) -> None:

@@ -14,20 +14,28 @@ import torch
 from torch import Tensor
 
 from moe.config import BalanceConfig
+from parallel.collectives import Group, all_reduce
 
 
 def auxiliary_loss(
-    balance: BalanceConfig, scores: Tensor, chosen: Tensor, valid: Tensor, last_counts: Tensor
+    balance: BalanceConfig,
+    scores: Tensor,
+    chosen: Tensor,
+    valid: Tensor,
+    last_counts: Tensor,
+    group: Group = None,
 ) -> Tensor:
     """The weighted sum of the losses switched on, a scalar in fp32; 0 when none is.
 
     `scores` [B, S, E], `chosen` [B, S, K] without the bias, `valid` [B, S], `last_counts` [E] of the
-    global batch before. Padding is left out.
+    global batch before. Padding is left out. Where sequences are cut over `group`, the results of its
+    ranks are summands: f is of whole sequences, P of this rank's positions.
     """
     num_experts, top_k = scores.shape[-1], chosen.shape[-1]
-    tokens_B = valid.sum(1).clamp_min(1)
     hits = torch.zeros_like(scores).scatter_(2, chosen, 1.0) * valid[..., None]
-    hits_BE = hits.detach().sum(1)
+    counted = torch.cat((hits.detach().sum(1), valid.sum(1, keepdim=True)), 1)
+    counted = all_reduce(counted, group)  # small integers: exact in fp32
+    hits_BE, tokens_B = counted[:, :-1], counted[:, -1].clamp_min(1)
     share = scores / scores.sum(-1, keepdim=True)
     share_BE = (share * valid[..., None]).sum(1)
     per_hit = num_experts / top_k
@@ -35,7 +43,7 @@ def auxiliary_loss(
     if balance.sequence_aux:
         f_BE, p_BE = hits_BE * per_hit / tokens_B[:, None], share_BE / tokens_B[:, None]
         total = total + balance.sequence_aux * (f_BE * p_BE).sum(-1).mean()
-    tokens = valid.sum().clamp_min(1)
+    tokens = counted[:, -1].sum().clamp_min(1)
     mean_E = share_BE.sum(0) / tokens
     if balance.microbatch_aux:
         f_E = hits_BE.sum(0) * per_hit / tokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import Group, Splits, Wire, group_size, start_all_to_all
+from parallel.collectives import ModelGroups, Splits, Wire, group_rank, group_size, start_all_to_all
 
 
 @dataclass(frozen=True)
@@ -62,37 +62,49 @@ class Delivery:
     """What arrives at this rank: splits of the exchange, rows per local expert, and their order.
 
     Rows arrive by source rank, then expert; `order_N` brings them into expert order, `slot_N1` back.
-    Both are None where the arrival order is expert order already.
+    Both are None where the arrival order is expert order already. Where experts are cut over `etp`,
+    every rank of that group needs the rows of all: `shared` are the splits by which each sends its own
+    to all, and rows then lie by etp source, source, expert.
     """
 
     splits: Splits
+    shared: Splits | None
     counts: tuple[int, ...]
     order_N: Tensor | None
     slot_N1: Tensor | None
 
 
-def announce(plan: Plan, group: Group) -> Wire:
-    """Put the row counts [ep, e] on the wire: every rank tells every other what it will send."""
-    ranks = group_size(group)
-    each = (1,) * ranks
-    return start_all_to_all(plan.rows_E.view(ranks, -1), Splits(each, each, group))
+def announce(plan: Plan, groups: ModelGroups) -> Wire:
+    """Put the row counts [ep x etp, e] on the wire: every rank tells every other what it will send."""
+    counts = plan.rows_E.view(group_size(groups.ep), -1).repeat_interleave(group_size(groups.etp), 0)
+    each = (1,) * len(counts)
+    return start_all_to_all(counts, Splits(each, each, groups.ep_etp))
 
 
-def deliver(plan: Plan, arrived: Tensor, group: Group) -> Delivery:
-    """From the announced counts [ep, e] of rows for this rank's experts to its delivery."""
-    ranks, num_local = arrived.shape
+def deliver(plan: Plan, arrived: Tensor, groups: ModelGroups) -> Delivery:
+    """From the announced counts [ep x etp, e] of rows for this rank's experts to its delivery."""
+    ranks, parts = group_size(groups.ep), group_size(groups.etp)
+    by_part = arrived.view(ranks, parts, -1).transpose(0, 1)  # [etp, ep, e]
+    own = by_part[group_rank(groups.etp)]
     sent = tuple(plan.rows_E.view(ranks, -1).sum(1).tolist())
-    splits = Splits(sent, tuple(arrived.sum(1).tolist()), group)
+    splits = Splits(sent, tuple(own.sum(1).tolist()), groups.ep)
+    shared = None
+    if groups.etp is not None:
+        held = tuple(by_part.sum((1, 2)).tolist())
+        shared = Splits((sum(splits.receive),) * parts, held, groups.etp)
     counts = tuple(arrived.sum(0).tolist())
-    if ranks == 1 or num_local == 1:
-        return Delivery(splits, counts, None, None)
+    num_local = arrived.shape[1]
+    if ranks * parts == 1 or num_local == 1:
+        return Delivery(splits, shared, counts, None, None)
     expert_N = (
-        torch.arange(num_local, device=arrived.device).repeat(ranks).repeat_interleave(arrived.flatten())
+        torch.arange(num_local, device=arrived.device)
+        .repeat(ranks * parts)
+        .repeat_interleave(by_part.flatten())
     )
     order_N = expert_N.argsort(stable=True)
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return Delivery(splits, counts, order_N, slot_N[:, None])
+    return Delivery(splits, shared, counts, order_N, slot_N[:, None])
 
 
 class _TakeRows(torch.autograd.Function):

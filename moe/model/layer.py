@@ -20,7 +20,7 @@ from moe.model.experts import Experts
 from moe.model.init import init_weights
 from moe.model.mlp import SwiGLU
 from moe.model.router import Router, Routing
-from parallel.collectives import Group, group_rank, group_size
+from parallel.collectives import ALONE, ModelGroups
 from parallel.pipeline.tape import Direct, Recorder, run
 
 
@@ -35,24 +35,27 @@ class LayerLoad:
 
 
 class MoELayer(nn.Module):
-    """Routed experts, cut over `group` when there is one, and shared experts, whole on every rank."""
+    """Routed experts, spread over `ep` and each cut over `etp`, and shared experts, cut over `tp`.
+
+    Wherever there is a group: without any this is the plain layer. With `tp` a rank holds a stretch
+    of the sequence.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         balance: BalanceConfig | None = None,
-        group: Group = None,
+        groups: ModelGroups = ALONE,
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
     ) -> None:
         """With `seed` None the weights are left uninitialised, for the model to fill."""
         super().__init__()
-        self.config, self.group = config, group
-        num_local = config.num_experts // group_size(group)
-        self.router = Router(config, balance or BalanceConfig(), dtype)
-        self.experts = Experts(config, num_local, group_rank(group) * num_local, dtype)
+        self.config, self.groups = config, groups
+        self.router = Router(config, balance or BalanceConfig(), dtype, groups.tp_cp)
+        self.experts = Experts(config, groups, dtype)
         shared_width = config.num_shared_experts * config.moe_intermediate_size
-        self.shared = SwiGLU(config.hidden_size, shared_width, dtype) if shared_width else None
+        self.shared = SwiGLU(config.hidden_size, shared_width, groups.tp, dtype) if shared_width else None
         if seed is not None:
             init_weights(self, config.init_std, seed)
 
@@ -66,7 +69,7 @@ class MoELayer(nn.Module):
     def phases(
         self, tape: Recorder, hidden: Tensor, valid: Tensor, auxiliary_share: float = 1.0
     ) -> Generator[None, None, tuple[Tensor, LayerLoad]]:
-        """Hidden states [B, S, D] -> the layer's output [B, S, D] and its load.
+        """Hidden states [B, S, D] (of this rank) -> the layer's output [B, S, D] and its load.
 
         `valid` [B, S] is false on padding. `auxiliary_share` is this microbatch's part of the global
         batch, by which the auxiliary loss (a mean) counts.
@@ -74,17 +77,30 @@ class MoELayer(nn.Module):
         weights, auxiliary, routing = tape.compute(self.router, hidden, valid)
         tape.root(auxiliary, auxiliary_share)
         plan = make_plan(routing.experts_TK, weights, self.config.num_experts, self.config.capacity_factor)
-        announced = announce(plan, self.group)
+        announced = announce(plan, self.groups)
         rows = tape.compute(_spread, hidden, plan)  # while the counts travel
-        delivery = deliver(plan, announced.wait(), self.group)
+        delivery = deliver(plan, announced.wait(), self.groups)
         dispatched = tape.exchange(rows, delivery.splits)
         shared = tape.compute(self.shared, hidden) if self.shared is not None else None
         yield
-        rows = tape.compute(self._run_experts, dispatched.wait(), delivery)
+        rows = yield from self._expert_phases(tape, dispatched.wait(), delivery)
         returned = tape.exchange(rows, delivery.splits.reversed())
         yield
         output = tape.compute(_combine, returned.wait(), weights, shared, plan, hidden.shape)
         return output, _load(routing, plan, auxiliary)
+
+    def _expert_phases(
+        self, tape: Recorder, rows: Tensor, delivery: Delivery
+    ) -> Generator[None, None, Tensor]:
+        shared = delivery.shared
+        if shared is None:
+            return tape.compute(self._run_experts, rows, delivery)
+        gathered = tape.exchange(tape.compute(_repeat, rows, len(shared.send)), shared)
+        yield
+        parts = tape.compute(self._run_experts, gathered.wait(), delivery)
+        summands = tape.exchange(parts, shared.reversed())
+        yield
+        return tape.compute(_add_up, summands.wait(), len(shared.send))
 
     def _run_experts(self, rows: Tensor, delivery: Delivery) -> Tensor:
         order_N, slot_N1 = delivery.order_N, delivery.slot_N1
@@ -96,6 +112,14 @@ class MoELayer(nn.Module):
 
 def _spread(hidden: Tensor, plan: Plan) -> Tensor:
     return take_rows(hidden.flatten(0, 1), plan.token_N, plan.slot_TK)
+
+
+def _repeat(rows: Tensor, times: int) -> Tensor:
+    return rows.repeat(times, 1)
+
+
+def _add_up(rows: Tensor, times: int) -> Tensor:
+    return rows.unflatten(0, (times, -1)).sum(0)
 
 
 def _combine(

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.linear import Linear
+from parallel.collectives import Group, gather_sequence, scatter_sum
+from parallel.linear import Linear, by_inputs, by_outputs
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -14,13 +15,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """A dense MLP of width F, also used for all shared experts together."""
+    """A dense MLP of width F, cut over `group`; also used for all shared experts together."""
 
-    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, hidden_size: int, width: int, group: Group = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * width, dtype)
-        self.down = Linear(width, hidden_size, dtype)
+        self.group = group
+        self.gate_up = Linear(hidden_size, 2 * width, dtype, by_outputs(group, sections=2))
+        self.down = Linear(width, hidden_size, dtype, by_inputs(group))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.down(swiglu(self.gate_up(hidden)))
+        """[B, s, D] -> [B, s, D], this rank's stretch of the sequence."""
+        whole = gather_sequence(hidden, self.group)
+        return scatter_sum(self.down(swiglu(self.gate_up(whole))), self.group)

@@ -16,7 +16,7 @@ from moe.config import BalanceConfig, ModelConfig
 from moe.model.block import Block, Surroundings
 from moe.model.layer import LayerLoad
 from moe.model.norm import RMSNorm
-from parallel.collectives import Group
+from parallel.collectives import ModelGroups
 from parallel.linear import Linear
 from parallel.pipeline.tape import Recorder
 
@@ -26,12 +26,14 @@ IGNORE = -100  # a label that is not predicted
 class MTPModule(nn.Module):
     """Embedding and head are the main model's."""
 
-    def __init__(self, config: ModelConfig, balance: BalanceConfig, group: Group, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, balance: BalanceConfig, groups: ModelGroups, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.projection = Linear(2 * config.hidden_size, config.hidden_size, dtype)
-        self.block = Block(config, balance, is_moe=True, group=group, dtype=dtype)
+        self.block = Block(config, balance, groups, dtype, is_moe=True)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def phases(

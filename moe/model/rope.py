@@ -30,9 +30,9 @@ class Rotation:
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(heads.dtype)
 
 
-def rotation(rope: RopeConfig, num_dims: int, length: int, device: torch.device) -> Rotation:
-    """The rotation of positions 0 .. length - 1."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(rope, num_dims))
+def rotation(rope: RopeConfig, num_dims: int, positions: Tensor, device: torch.device) -> Rotation:
+    """The rotation of positions [S], numbered from 0."""
+    angles = torch.outer(positions.float(), frequencies(rope, num_dims))
     scale = rotation_scale(rope)
     return Rotation((angles.cos() * scale).to(device), (angles.sin() * scale).to(device))
 

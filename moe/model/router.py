@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.balance import auxiliary_loss, update_bias
+from parallel.collectives import Group
 from parallel.linear import Linear, linear
 
 
@@ -32,10 +33,15 @@ class Router(nn.Module):
     last_counts: Tensor
 
     def __init__(
-        self, config: ModelConfig, balance: BalanceConfig, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        balance: BalanceConfig,
+        dtype: torch.dtype = torch.float32,
+        group: Group = None,
     ) -> None:
+        """`group`: the ranks that together hold whole sequences."""
         super().__init__()
-        self.config, self.balance = config, balance
+        self.config, self.balance, self.group = config, balance, group
         self.projection = Linear(config.hidden_size, config.num_experts, dtype)
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("last_counts", torch.zeros(config.num_experts, dtype=torch.int64))
@@ -51,7 +57,7 @@ class Router(nn.Module):
         """Route hidden states [B, S, D]; `valid` [B, S] is false on padding, which goes nowhere.
 
         Returns weights [T, K] in fp32, the auxiliary loss (a mean over the microbatch's sequences,
-        coefficients applied) and the routing.
+        coefficients applied; a summand where they are cut over `group`) and the routing.
         """
         config = self.config
         valid_T = valid.flatten()
@@ -94,7 +100,8 @@ class Router(nn.Module):
         balance = self.balance
         if not (balance.sequence_aux or balance.microbatch_aux or balance.global_aux):
             return scores.new_zeros(())
-        return auxiliary_loss(balance, scores, self.unbiased_choice(scores), valid, self.last_counts)
+        chosen = self.unbiased_choice(scores)
+        return auxiliary_loss(balance, scores, chosen, valid, self.last_counts, self.group)
 
     def update(self, counts: Tensor, rate: float) -> None:
         """Take a global batch's counts [E]: the bias moves at this rate, the global loss uses them next."""

@@ -1,15 +1,16 @@
 """The whole model, DeepSeek-V2 and V3 shaped: embedding, blocks, norm, head, and MTP modules.
 
-`phases` runs one microbatch from tokens to losses as a generator; `forward` gives logits through
-ordinary autograd.
-Legend: B sequences, S positions, D hidden size, V vocabulary.
+`phases` runs one microbatch through one pipeline stage, from tokens to losses where that is the whole
+model, as a generator; `forward` gives logits through ordinary autograd. `tape.unit` marks where the
+parameters of a unit begin to be used.
+Legend: B sequences, S positions (of this context-parallel rank), s positions (of this rank), D hidden
+size, V vocabulary.
 """
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
@@ -21,22 +22,28 @@ from moe.model.mtp import IGNORE, MTPModule, ahead, mtp_targets
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
 from moe.model.router import Router
-from parallel.collectives import Group
-from parallel.linear import linear
+from moe.model.stages import Part, whole
+from parallel.collectives import ALONE, ModelGroups, gather_sequence, group_rank, group_size
+from parallel.linear import by_outputs, linear
 from parallel.pipeline.tape import Direct, Recorder, run
+from parallel.sequence import Positions
+from parallel.shards import mark_cut
+from parallel.vocab import VocabEmbedding, cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """Sequences of one rank, all [B, S]: tokens, labels (IGNORE: none), and which tokens are real.
+    """Whole sequences, all [B, S]: tokens, labels (IGNORE: none), and which tokens are real.
 
-    With `documents` (numbers within a sequence) attention stays inside a document. The weights turn
-    this microbatch's summed losses into its part of the global batch's mean: `loss_weights[0]` for
-    the next token, `[k]` for MTP module k, and `auxiliary_share` for the auxiliary losses.
+    Every rank that shares the sequences has them all; the model takes what it computes. Without labels
+    it gives logits instead of losses. With `documents` (numbers within a sequence) attention stays
+    inside a document. The weights turn this microbatch's summed losses into its part of the global
+    batch's mean: `loss_weights[0]` for the next token, `[k]` for MTP module k, and `auxiliary_share` for
+    the auxiliary losses.
     """
 
     tokens: Tensor
-    labels: Tensor
+    labels: Tensor | None
     valid: Tensor
     documents: Tensor | None = None
     loss_weights: tuple[float, ...] = (1.0,)
@@ -45,103 +52,179 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a microbatch gave: token losses [B, S] (0 where nothing is predicted) and expert loads."""
+    """What a microbatch gave on this stage: the loads of its experts and, on the last stage, the rest.
 
-    losses: Tensor
-    mtp_losses: tuple[Tensor, ...]
+    `losses` [B, S] of this context-parallel rank's positions, 0 where nothing is predicted; the same on
+    every tensor-parallel rank. `logits` [B, S, V / tp] of them, where there were no labels.
+    """
+
     loads: dict[str, LayerLoad]  # by layer: "3", or "mtp0"
+    losses: Tensor | None = None
+    mtp_losses: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
 
 
 class Transformer(nn.Module):
-    """Parameters are whole on every rank but the experts, which are cut over `group`."""
+    """One stage of the model, which may be all of it, cut over the groups."""
 
     def __init__(
         self,
         config: ModelConfig,
         balance: BalanceConfig | None = None,
-        group: Group = None,
+        groups: ModelGroups = ALONE,
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
+        part: Part | None = None,
     ) -> None:
-        """With `seed` None the weights are left uninitialised, to be loaded."""
+        """With `seed` None the weights are left uninitialised, to be loaded. `part` None: all layers."""
         super().__init__()
-        self.config = config
+        self.config, self.groups = config, groups
+        self.part = part or whole(config.num_layers)
         balance = balance or BalanceConfig()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(
-            Block(config, balance, is_moe=config.is_moe(layer), group=group, dtype=dtype)
-            for layer in range(config.num_layers)
+        width, num_mtp = config.hidden_size, config.num_mtp_layers if self.part.last else 0
+        # By their numbers in the whole model, which are the canonical names.
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): Block(config, balance, groups, dtype, is_moe=config.is_moe(layer))
+                for layer in self.part.layers
+            }
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.head = None if config.tie_embeddings else nn.Parameter(head)
-        self.mtp = nn.ModuleList(
-            MTPModule(config, balance, group, dtype) for _ in range(config.num_mtp_layers)
-        )
+        embeds = self.part.first or num_mtp or (self.part.last and config.tie_embeddings)
+        self.embedding = VocabEmbedding(config.vocab_size, width, groups.tp, dtype) if embeds else None
+        self.norm = RMSNorm(width, config.rms_norm_eps, dtype) if self.part.last else None
+        self.head = self._make_head(dtype) if self.part.last and not config.tie_embeddings else None
+        self.mtp = nn.ModuleList(MTPModule(config, balance, groups, dtype) for _ in range(num_mtp))
         if seed is not None:
             init_weights(self, config.init_std, seed)
 
+    def _make_head(self, dtype: torch.dtype) -> nn.Parameter:
+        rows = self.config.vocab_size // group_size(self.groups.tp)
+        head = nn.Parameter(torch.empty(rows, self.config.hidden_size, dtype=dtype))
+        mark_cut(head, by_outputs(self.groups.tp))
+        return head
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, S] -> logits [B, S, V]."""
-        batch = Microbatch(tokens=tokens, labels=tokens, valid=torch.ones_like(tokens, dtype=torch.bool))
-        hidden = run(self._hidden_phases(Direct(), batch, {}))[0]
-        return self._logits(hidden)
+        """Token ids [B, S] -> logits [B, S, V]. Only where neither sequence nor vocabulary is cut."""
+        assert self.groups.tp_cp is None and self.part.first and self.part.last
+        batch = Microbatch(tokens=tokens, labels=None, valid=torch.ones_like(tokens, dtype=torch.bool))
+        logits = run(self.phases(Direct(), batch))[1].logits
+        assert logits is not None
+        return logits
 
-    def phases(self, tape: Recorder, batch: Microbatch) -> Generator[None, None, Outcome]:
-        """Run a microbatch to its losses; they are roots of the tape, weighted as the batch says."""
+    def phases(
+        self, tape: Recorder, batch: Microbatch, hidden: Tensor | None = None
+    ) -> Generator[None, None, tuple[Tensor | None, Outcome]]:
+        """Run a microbatch through this stage: hidden states [B, s, D] in, except on the first, and out.
+
+        On the last stage nothing goes out, and the losses are roots of the tape, weighted as the batch
+        says.
+        """
+        around = self._surroundings(batch)
         loads: dict[str, LayerLoad] = {}
-        hidden, around = yield from self._hidden_phases(tape, batch, loads)
-        total, losses = tape.compute(self._losses, hidden, batch.labels)
-        tape.root(total, batch.loss_weights[0])
-        mtp_losses = []
-        for depth, module in enumerate(self.mtp, start=1):
-            assert isinstance(module, MTPModule)
-            valid = ahead(batch.valid, depth, False)
-            embedded = tape.compute(self.embedding, ahead(batch.tokens, depth, 0))
-            hidden, load = yield from module.phases(tape, hidden, embedded, around, valid)
-            labels = mtp_targets(batch.labels, batch.documents, depth)
-            total, further = tape.compute(self._normed_losses, module.norm, hidden, labels)
-            tape.root(total, batch.loss_weights[depth])
-            mtp_losses.append(further)
-            assert load is not None
-            loads[f"mtp{depth - 1}"] = load
-        return Outcome(losses, tuple(mtp_losses), loads)
-
-    def _hidden_phases(
-        self, tape: Recorder, batch: Microbatch, loads: dict[str, LayerLoad]
-    ) -> Generator[None, None, tuple[Tensor, Surroundings]]:
-        """Hidden states [B, S, D] after the final norm."""
-        config = self.config
-        positions = rotation(config.rope, config.qk_rope_head_dim, batch.tokens.shape[1], batch.tokens.device)
-        mask = None if batch.documents is None else document_mask(batch.documents)
-        around = Surroundings(positions, mask, batch.valid, batch.auxiliary_share)
-        hidden = tape.compute(self.embedding, batch.tokens)
-        for index, block in enumerate(self.layers):
+        if self.embedding is not None:
+            tape.unit("embedding")
+        if self.part.first:
+            hidden = self._embed(tape, around, batch.tokens)
+        assert hidden is not None
+        for name, block in self.layers.items():
+            tape.unit(f"layers.{name}")
             assert isinstance(block, Block)
             hidden, load = yield from block.phases(tape, hidden, around)
             if load is not None:
-                loads[str(index)] = load
-        return tape.compute(self.norm, hidden), around
+                loads[name] = load
+        if not self.part.last:
+            return hidden, Outcome(loads)
+        tape.unit("head")
+        assert self.norm is not None
+        hidden = tape.compute(self.norm, hidden)
+        if batch.labels is None:
+            return None, Outcome(loads, logits=tape.compute(self._logits, hidden))
+        total, losses = tape.compute(self._losses, hidden, around.positions.context(batch.labels))
+        tape.root(total, batch.loss_weights[0])
+        mtp_losses = yield from self._mtp_phases(tape, batch, hidden, around, loads)
+        return None, Outcome(loads, losses, tuple(mtp_losses))
+
+    def _mtp_phases(
+        self,
+        tape: Recorder,
+        batch: Microbatch,
+        hidden: Tensor,
+        around: Surroundings,
+        loads: dict[str, LayerLoad],
+    ) -> Generator[None, None, list[Tensor]]:
+        found = []
+        assert batch.labels is not None
+        for depth, module in enumerate(self.mtp, start=1):
+            tape.unit(f"mtp.{depth - 1}")
+            assert isinstance(module, MTPModule)
+            valid = around.positions.sequence(ahead(batch.valid, depth, False))
+            embedded = self._embed(tape, around, ahead(batch.tokens, depth, 0))
+            hidden, load = yield from module.phases(tape, hidden, embedded, around, valid)
+            labels = around.positions.context(mtp_targets(batch.labels, batch.documents, depth))
+            total, losses = tape.compute(self._normed_losses, module.norm, hidden, labels)
+            tape.root(total, batch.loss_weights[depth])
+            found.append(losses)
+            assert load is not None
+            loads[f"mtp{depth - 1}"] = load
+        return found
+
+    def _surroundings(self, batch: Microbatch) -> Surroundings:
+        config, tokens = self.config, batch.tokens
+        positions = positions_of(tokens.shape[1], self.groups)
+        turned = rotation(config.rope, config.qk_rope_head_dim, positions.numbers(), tokens.device)
+        masked = batch.documents is not None and positions.cp == 1
+        return Surroundings(
+            positions=positions,
+            rotation=turned,
+            mask=document_mask(batch.documents) if masked and batch.documents is not None else None,
+            documents=batch.documents,
+            valid=positions.sequence(batch.valid),
+            auxiliary_share=batch.auxiliary_share,
+        )
+
+    def _embed(self, tape: Recorder, around: Surroundings, tokens: Tensor) -> Tensor:
+        assert self.embedding is not None
+        embedded: Tensor = tape.compute(self.embedding, around.positions.context(tokens))
+        return embedded
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.embedding.weight if self.head is None else self.head)
+        """[B, s, D] -> [B, S, V / tp], this rank's part of the vocabulary."""
+        weight = self.head
+        if weight is None:
+            assert self.embedding is not None
+            weight = self.embedding.weight
+        return linear(gather_sequence(hidden, self.groups.tp), weight)
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the token losses, in fp32, and the losses [B, S] themselves, detached."""
-        logits = self._logits(hidden).float()
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return losses.sum(), losses.detach().view_as(labels)
+        losses = cross_entropy(self._logits(hidden).float(), labels, IGNORE, self.groups.tp)
+        return losses.sum(), losses.detach()
 
     def _normed_losses(self, norm: RMSNorm, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self._losses(norm(hidden), labels)
 
     def routers(self) -> Iterator[tuple[str, Router]]:
-        """Every layer of experts by the name its load goes under, with its router."""
-        for index, block in enumerate(self.layers):
+        """Every layer of experts of this stage by the name its load goes under, with its router."""
+        for name, block in self.layers.items():
             if isinstance(block, Block) and block.moe is not None:
-                yield str(index), block.moe.router
+                yield name, block.moe.router
         for index, module in enumerate(self.mtp):
             if isinstance(module, MTPModule) and module.block.moe is not None:
                 yield f"mtp{index}", module.block.moe.router
+
+
+def expert_layers(config: ModelConfig) -> list[str]:
+    """The names that loads of the whole model's layers go under, in order."""
+    layers = [str(layer) for layer in range(config.num_layers) if config.is_moe(layer)]
+    return layers + [f"mtp{index}" for index in range(config.num_mtp_layers)]
+
+
+def positions_of(length: int, groups: ModelGroups) -> Positions:
+    """Which positions of a sequence this rank holds."""
+    return Positions(
+        length=length,
+        cp=group_size(groups.cp),
+        cp_rank=group_rank(groups.cp),
+        tp=group_size(groups.tp),
+        tp_rank=group_rank(groups.tp),
+    )

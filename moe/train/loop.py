@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -19,8 +20,7 @@ import torch.distributed as dist
 
 from moe.config import RunConfig
 from moe.data.corpus import Corpus, prepare
-from moe.data.loader import Batch, Loader
-from moe.model.transformer import Transformer
+from moe.data.loader import Loader
 from moe.rules import validate
 from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
@@ -30,11 +30,12 @@ from moe.train.environment import environment
 from moe.train.evaluate import evaluate
 from moe.train.record import Recorder
 from moe.train.sample import sample
-from moe.train.step import StepResult, Trainer
+from moe.train.step import StepResult, make_trainer, read_batches
 from parallel.checkpoint import open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
 from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
+from parallel.saving import Saver
 
 DONE, ENDED_BADLY, INTERRUPTED = 0, 1, 130
 
@@ -75,9 +76,7 @@ class _Run:
     def __init__(self, config: RunConfig, run: Path, groups: Groups, device: torch.device) -> None:
         self.config, self.folder, self.groups, self.device = config, run, groups, device
         self.corpus = self._prepare()
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        model = Transformer(config.model, config.balance, groups.ep, dtype, config.train.seed).to(device)
-        self.trainer = Trainer(model, config, groups, len(self.corpus.domains))
+        self.trainer = make_trainer(config, groups, len(self.corpus.domains), device)
         self.loader, self.validation = (
             Loader(
                 shards,
@@ -88,6 +87,12 @@ class _Run:
             for shards in (self.corpus.train, self.corpus.validation)
         )
         self.position = self._resume()
+        self.saver = Saver(
+            run / "checkpoints",
+            groups.world,
+            keep_last=config.train.keep_checkpoints,
+            keep_every=config.train.keep_every,
+        )
         self.recorder: Recorder | None = None
         if groups.rank == 0:
             facts = environment(config.train.seed, groups.layout)
@@ -97,10 +102,10 @@ class _Run:
     def _prepare(self) -> Corpus:
         """Rank 0 fills the cache, the others find it."""
         if self.groups.rank > 0:
-            barrier(self.groups.dp)
+            barrier(self.groups.world)
         corpus = prepare(self.config.data, self.config.model.vocab_size)
         if self.groups.rank == 0:
-            barrier(self.groups.dp)
+            barrier(self.groups.world)
         return corpus
 
     def _resume(self) -> state.Position:
@@ -113,7 +118,7 @@ class _Run:
                 step = saved.state["step"] if saved else 0
             except UserError:
                 step = -1
-        step = int(all_reduce(torch.tensor(step, device=self.device), self.groups.dp))
+        step = int(all_reduce(torch.tensor(step, device=self.device), self.groups.world))
         if step < 0:  # every rank finds what rank 0 found, and leaves by itself
             open_latest(root, logger.warning)
         if step == 0:
@@ -130,8 +135,7 @@ class _Run:
             while self.position.step < steps:
                 result = self._step()
                 if self.recorder and shown:
-                    routers = dict(self.trainer.model.routers())
-                    max_vio = self.recorder.step(self.position.step, self.position.tokens, result, routers)
+                    max_vio = self.recorder.step(self.position.step, self.position.tokens, result)
                     shown.update(self.position.step, result.loss, result.tokens / result.seconds, max_vio)
                 if not math.isfinite(result.loss + result.grad_norm):
                     return self._end_badly(shown)
@@ -143,16 +147,17 @@ class _Run:
                 if stopping or due or (at_end and settings.save_every):
                     self._save()
                 if stopping and not at_end:
+                    self.saver.wait()
                     return self._leave(shown)
+            self.saver.wait()
         self._finish(shown)
         return DONE
 
     def _step(self) -> StepResult:
         config, done = self.config, self.position
-        per_rank = config.train.batch_size // self.groups.layout.dp
-        size = per_rank // config.layout.microbatches
-        first = done.sequences + self.groups.rank * per_rank
-        batches = [self._batch(first + index * size, size) for index in range(config.layout.microbatches)]
+        batches = [
+            batch.to(self.device) for batch in read_batches(self.loader, config, self.groups, done.sequences)
+        ]
         every = config.telemetry.domains_every
         result = self.trainer.step(
             done.step, batches, count_domains=bool(every) and (done.step + 1) % every == 0
@@ -161,17 +166,13 @@ class _Run:
         self.position = state.Position(done.step + 1, read, done.tokens + result.tokens)
         return result
 
-    def _batch(self, first: int, count: int) -> Batch:
-        return self.loader.batch(first, count).to(self.device)
-
     def _evaluate(self, shown: Progress | None) -> None:
         config = self.config
         if not self.validation.sequences_per_epoch:
             return
         losses = evaluate(
-            self.trainer.model,
+            self.trainer.runner,
             self.validation,
-            self.groups,
             self.corpus.domains,
             num_sequences=config.train.eval_sequences,
             batch_size=config.train.batch_size // self.groups.layout.dp // config.layout.microbatches,
@@ -183,12 +184,11 @@ class _Run:
 
     def _agree(self, wanted: bool) -> bool:
         """Whether any rank was told to stop."""
-        return bool(all_reduce(torch.tensor(int(wanted), device=self.device), self.groups.dp))
+        return bool(all_reduce(torch.tensor(int(wanted), device=self.device), self.groups.world))
 
     def _save(self) -> None:
-        state.save(
-            self.trainer, self.folder / "checkpoints", self.position, self.config.train.keep_checkpoints
-        )
+        """Begin a checkpoint; it is written while training goes on."""
+        self.saver.save(self.position.step, state.owned(self.trainer), asdict(self.position))
 
     def _end_badly(self, shown: Progress | None) -> int:
         if shown:
@@ -230,12 +230,7 @@ class _Run:
         prompt = tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids or [self.corpus.eos]
         context = self.config.data.sequence_length
         tokens = sample(
-            self.trainer.model,
-            prompt,
-            settings.sample_tokens,
-            self.groups,
-            context=context,
-            seed=settings.seed,
+            self.trainer.runner, prompt, settings.sample_tokens, context=context, seed=settings.seed
         )
         return tokenizer.decode(tokens)
 

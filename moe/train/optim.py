@@ -1,19 +1,23 @@
-"""AdamW on fp32 masters, and the learning rate of a step.
+"""AdamW on the shards a rank owns, and the learning rate of a step.
 
-A bf16 parameter has an fp32 master that the optimizer moves; an fp32 parameter is its own master.
-Gradients come from the parameters' `main_grad` buffers (parallel/gradients.py).
+The optimizer sees segments (parallel/zero.py), never a model: it moves fp32 masters by fp32 gradients.
+Moments may be kept in bf16, as DeepSeek-V3 does (2412.19437, section 3.3.3): they are widened for a step,
+which is computed in fp32, and rounded when stored.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
 
 from moe.config import OptimConfig
-from parallel.shards import canonical
+from moe.train.adam import fused_adam
+from parallel.shards import Piece, pieces
+from parallel.zero import Segment, runs
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_CHUNK = 2**26  # elements moved by one call, which bounds the memory of widened moments
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -30,60 +34,68 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW over a model whose parameters carry `main_grad`. Matrices decay, gains do not."""
+    """AdamW over segments. Those of matrices decay, those of gains do not."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self._named = dict(model.named_parameters())
-        self._masters = {name: _master(parameter) for name, parameter in self._named.items()}
-        matrices = [master for master in self._masters.values() if master.dim() > 1]
-        gains = [master for master in self._masters.values() if master.dim() <= 1]
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": gains, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
-        for master in self._masters.values():  # made now, so that a checkpoint has something to fill
-            self._adam.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master) for moment in _MOMENTS},
-            }
+    def __init__(self, segments: Iterable[Segment], config: OptimConfig) -> None:
+        kinds: tuple[list[Segment], list[Segment]] = ([], [])
+        for segment in segments:
+            kinds[segment.parameter.dim() > 1].append(segment)
+        self._chunks = [
+            _Chunk(chunk, config, decay)
+            for kind, decay in zip(kinds, (0.0, config.weight_decay), strict=True)
+            for chunk in runs(kind, lambda segment: segment.master.numel(), _CHUNK)
+        ]
 
-    @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Move every master by its gradient at this learning rate, and the parameters with them."""
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        for name, master in self._masters.items():
-            master.grad = self._named[name].main_grad  # type: ignore[attr-defined]
-        self._adam.step()
-        for name, master in self._masters.items():
-            master.grad = None
-            if master is not self._named[name]:
-                self._named[name].copy_(master)
+        """Move every master by its gradient at this learning rate."""
+        for chunk in self._chunks:
+            chunk.step(rate)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Masters and moments as `kind/canonical name`, views that can be read and written."""
-        for name, master in self._masters.items():
-            parameter = self._named[name]
-            tensors = {moment: self._adam.state[master][moment] for moment in _MOMENTS}
-            if master is not parameter:
-                tensors["master"] = master.detach()
-            for kind, tensor in tensors.items():
-                for full_name, view in canonical(name, parameter, tensor):
-                    yield f"{kind}/{full_name}", view
+    def state(self) -> Iterator[Piece]:
+        """Moments, and masters that are not weights, as `kind/canonical name`: views that can be written."""
+        for chunk in self._chunks:
+            for segment, kept in zip(chunk.segments, chunk.moments, strict=True):
+                tensors = kept if segment.master is segment.weight else {**kept, "master": segment.master}
+                for kind, flat in tensors.items():
+                    yield from pieces(f"{kind}/{segment.name}", segment.parameter, flat, segment.begin)
 
     def set_steps(self, steps: int) -> None:
         """How many steps the moments have seen; read from a checkpoint."""
-        for state in self._adam.state.values():
-            state["step"].fill_(steps)
+        for chunk in self._chunks:
+            chunk.set_steps(steps)
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype == torch.float32:
-        return parameter
-    return nn.Parameter(parameter.detach().float())
+class _Chunk:
+    """Segments that one call moves, and their moments as they are kept."""
+
+    def __init__(self, segments: list[Segment], config: OptimConfig, decay: float) -> None:
+        self.segments = segments
+        self._masters = [segment.master for segment in segments]
+        self.moments = [
+            {moment: torch.zeros_like(master, dtype=DTYPES[config.moments]) for moment in _MOMENTS}
+            for master in self._masters
+        ]
+        self._adam = fused_adam(config.fused, self._masters[0].device)(
+            self._masters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=decay,
+        )
+        for segment in segments:
+            segment.master.grad = segment.grad  # a view of the gradient buffer, for good
+        self.set_steps(0)
+
+    def step(self, rate: float) -> None:
+        self._adam.param_groups[0]["lr"] = rate
+        for master, kept in zip(self._masters, self.moments, strict=True):
+            self._adam.state[master].update({name: moment.float() for name, moment in kept.items()})
+        self._adam.step()
+        for master, kept in zip(self._masters, self.moments, strict=True):
+            for name, moment in kept.items():
+                moment.copy_(self._adam.state[master].pop(name))  # fp32 was moved in place: nothing to do
+
+    def set_steps(self, steps: int) -> None:
+        self._adam.param_groups[0]["step"] = steps  # where apex and Transformer Engine count
+        for master in self._masters:  # where torch counts
+            self._adam.state[master]["step"] = torch.tensor(float(steps), device=master.device)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from moe.config import RunConfig
-from moe.model.router import Router
 from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
 from moe.telemetry.sinks import JsonLines, read_rows, trim_after
 from moe.train.step import LayerCounts, StepResult
@@ -30,9 +29,9 @@ class Recorder:
         )
         self._metrics, self._loads = JsonLines(run / METRICS), JsonLines(run / EXPERT_LOAD)
 
-    def step(self, step: int, tokens: int, result: StepResult, routers: Mapping[str, Router]) -> float:
+    def step(self, step: int, tokens: int, result: StepResult) -> float:
         """Write the rows of a step (1-based); `tokens` read so far. Returns MaxVio, the mean over layers."""
-        loads = [self._load(step, name, layer, routers[name]) for name, layer in result.layers.items()]
+        loads = [self._load(step, name, layer) for name, layer in result.layers.items()]
         mean_max_vio = fmean([row["max_vio"] for row in loads]) if loads else 0.0
         self._metrics.write(
             {
@@ -54,7 +53,7 @@ class Recorder:
             self._loads.write(row)
         return mean_max_vio
 
-    def _load(self, step: int, name: str, layer: LayerCounts, router: Router) -> dict[str, Any]:
+    def _load(self, step: int, name: str, layer: LayerCounts) -> dict[str, Any]:
         counts, model = layer.counts.tolist(), self._config.model
         number = int(name) if name.isdigit() else name
         self._window.add(number, counts)
@@ -68,7 +67,7 @@ class Recorder:
             "entropy": entropy(counts),
             "dead": dead(counts),
             "dropped": sum(counts) - int(layer.rows.sum()),
-            "bias": router.bias.tolist(),
+            "bias": layer.bias.tolist(),
             "rank_rows": layer.rows.view(ranks, ranks, -1).sum(-1).tolist(),
             "row_bytes": model.hidden_size * (2 if self._config.train.precision == "bf16" else 4),
         }

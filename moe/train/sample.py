@@ -3,34 +3,42 @@
 import torch
 from torch import Tensor
 
-from moe.model.transformer import Transformer
+from moe.model.transformer import Microbatch, positions_of
+from moe.train.runner import Runner
 from parallel.collectives import all_reduce
-from parallel.groups import Groups
+from parallel.layout import length_multiple
 
 
-@torch.no_grad()
 def sample(
-    model: Transformer,
+    runner: Runner,
     prompt: list[int],
     num_tokens: int,
-    groups: Groups,
     *,
     context: int,
     seed: int,
     temperature: float = 0.7,
 ) -> list[int]:
     """Prompt ids followed by `num_tokens` more. Every rank must call, with the same arguments."""
-    device = model.embedding.weight.device
     stream = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        window = torch.tensor([tokens[-context:]], device=device)
-        chances = (model(window)[0, -1].float().cpu() / temperature).softmax(-1)
-        chosen = torch.multinomial(chances, 1, generator=stream).to(device)
-        tokens.append(int(_from_first_rank(chosen, groups)))
+        chances = (next_logits(runner, tokens[-context:]).cpu() / temperature).softmax(-1)
+        tokens.append(int(torch.multinomial(chances, 1, generator=stream)))
     return tokens
 
 
-def _from_first_rank(value: Tensor, groups: Groups) -> Tensor:
-    """Ranks must not part ways over a rounding."""
-    return all_reduce(value if groups.rank == 0 else torch.zeros_like(value), groups.dp)
+def next_logits(runner: Runner, tokens: list[int]) -> Tensor:
+    """Logits [V] in fp32 of the token after these, the same on every rank. Every rank must call."""
+    groups, config = runner.groups, runner.model.config
+    multiple = length_multiple(groups.layout.cp, groups.layout.tp)
+    length = -(-len(tokens) // multiple) * multiple
+    padded = torch.tensor([tokens + [0] * (length - len(tokens))], device=runner.device)
+    valid = torch.arange(length, device=runner.device)[None] < len(tokens)
+    (outcome,) = runner.forward([Microbatch(tokens=padded, labels=None, valid=valid)])
+    found = torch.zeros(config.vocab_size, device=runner.device)
+    if outcome.logits is not None and groups.index("dp") == 0:
+        here = positions_of(length, groups).numbers() == len(tokens) - 1
+        rows = outcome.logits[0, here].float()  # one row, or none where another rank holds the position
+        width = rows.shape[1]
+        found[groups.index("tp") * width :][:width] += rows.sum(0)
+    return all_reduce(found, groups.world)

@@ -1,15 +1,17 @@
-"""What a checkpoint of training holds and how it is put back: weights, moments, bias, cursor and the rest."""
+"""What a checkpoint of training holds and how it is put back: weights, moments, bias, cursor and the rest.
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+Every tensor is a piece of a canonical one, so any layout can read what any other wrote. A rank writes the
+shards that it owns as the optimizer does; what is small and everywhere is written once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from moe.train.step import Trainer
-from parallel import checkpoint
-from parallel.groups import Groups
-from parallel.shards import canonical
+from parallel.checkpoint import Checkpoint
+from parallel.shards import Piece, pieces
 
 
 @dataclass(frozen=True)
@@ -21,39 +23,42 @@ class Position:
     tokens: int = 0
 
 
-def save(trainer: Trainer, root: Path, position: Position, keep: int) -> Path:
-    """Write a checkpoint after `position.step` steps. Every rank must call."""
+def owned(trainer: Trainer) -> list[Piece]:
+    """What this rank writes: over all ranks every element of every tensor once."""
     groups = trainer.groups
-    owned = {name: tensor for name, tensor in _tensors(trainer) if _owns(name, groups)}
+    trainer.zero.arrive_all()
+    found = list(_sharded(trainer))
+    if groups.rank % groups.layout.stage_size == 0:
+        found += _router_state(trainer)
     if groups.rank == 0:
-        owned["random/torch"] = torch.get_rng_state()
-    return checkpoint.save(root, position.step, owned, asdict(position), groups.dp, keep)
+        found.append(_whole("random/torch", torch.get_rng_state()))
+    return found
 
 
-def load(trainer: Trainer, saved: checkpoint.Checkpoint) -> Position:
+def load(trainer: Trainer, saved: Checkpoint) -> Position:
     """Put everything back, under whatever layout this trainer has. UserError where it does not fit."""
-    for name, tensor in _tensors(trainer):
-        saved.read_into(name, tensor)
+    for piece in (*_sharded(trainer), *_router_state(trainer)):
+        saved.read_into(piece)
+    trainer.zero.start_gather()
+    trainer.zero.arrive_all()
     torch.set_rng_state(saved.read("random/torch"))
     position = Position(**saved.state)
     trainer.optimizer.set_steps(position.step)
     return position
 
 
-def _tensors(trainer: Trainer) -> list[tuple[str, Tensor]]:
-    named = [
-        (f"model/{full_name}", view)
-        for name, parameter in trainer.model.named_parameters()
-        for full_name, view in canonical(name, parameter, parameter.detach())
-    ]
-    named.extend(trainer.optimizer.state())
+def _sharded(trainer: Trainer) -> Iterator[Piece]:
+    for segment in trainer.zero.segments():
+        for piece in pieces(segment.name, segment.parameter, segment.weight, segment.begin):
+            yield replace(piece, name=f"model/{piece.name}")
+    yield from trainer.optimizer.state()
+
+
+def _router_state(trainer: Trainer) -> Iterator[Piece]:
     for layer, router in trainer.model.routers():
-        named += [(f"router/{layer}.bias", router.bias), (f"router/{layer}.last_counts", router.last_counts)]
-    return named
+        yield _whole(f"router/{layer}.bias", router.bias)
+        yield _whole(f"router/{layer}.last_counts", router.last_counts)
 
 
-def _owns(name: str, groups: Groups) -> bool:
-    """One rank writes each tensor: an expert the first rank that holds it, everything else rank 0."""
-    if ".experts." in name:
-        return groups.rank < groups.layout.ep
-    return groups.rank == 0
+def _whole(name: str, tensor: torch.Tensor) -> Piece:
+    return Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)

@@ -2,7 +2,7 @@
 
 Losses are sums over tokens divided by the tokens of the *global* batch, so the result does not depend
 on how sequences are shared out. Counts are assigned per (layer, microbatch) and summed here, once.
-Legend: L layers of experts, E experts, P data-parallel ranks of one expert group.
+Legend: L layers of experts, E experts, P expert-parallel ranks.
 """
 
 import time
@@ -13,25 +13,29 @@ import torch
 from torch import Tensor
 
 from moe.config import RunConfig
-from moe.data.loader import Batch
+from moe.data.loader import Batch, Loader
 from moe.model.balance import bias_rate
-from moe.model.layer import LayerLoad
 from moe.model.mtp import IGNORE, mtp_targets
-from moe.model.transformer import Microbatch, Outcome, Transformer
+from moe.model.stages import split
+from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers, positions_of
 from moe.train.optim import Optimizer, learning_rate
+from moe.train.runner import Runner
+from moe.train.units import parameter_units
 from parallel.collectives import all_reduce
-from parallel.gradients import GradientBuffers, parameter_sets
 from parallel.groups import Groups
-from parallel.pipeline.overlap import forward_backward
+from parallel.zero import Zero
+
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCounts:
-    """One layer's global batch in exact integers."""
+    """One layer's global batch in exact integers, and its bias."""
 
     counts: Tensor  # [E]: assignments of valid tokens
     rows: Tensor  # [source rank in the expert group, E]: rows sent
     domains: Tensor | None  # [domain, E], where asked for
+    bias: Tensor  # [E] in fp32, after the update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,17 @@ class StepResult:
 
 
 class Trainer:
-    """Model, gradient buffers and optimizer of this rank."""
+    """One rank's stage of the model, its shard of the optimizer, and the schedule that runs them."""
 
     def __init__(self, model: Transformer, config: RunConfig, groups: Groups, num_domains: int) -> None:
         self.model, self.config, self.groups = model, config, groups
-        self.buffers = GradientBuffers(parameter_sets(model.parameters(), groups))
-        self.optimizer = Optimizer(model, config.optim)
+        self.zero = Zero(
+            parameter_units(model, groups),
+            groups.world,
+            reduce_dtype=REDUCE_DTYPES[config.optim.grad_reduce],
+        )
+        self.optimizer = Optimizer(self.zero.segments(), config.optim)
+        self.runner = Runner(model, config, groups, self.zero)
         self._num_domains = num_domains
 
     def step(self, step: int, batches: Sequence[Batch], *, count_domains: bool) -> StepResult:
@@ -62,24 +71,16 @@ class Trainer:
         begin, config = time.perf_counter(), self.config
         labels, tokens = self._count_labels(batches)
         microbatches = [self._microbatch(batch, labels, len(batches)) for batch in batches]
-        self.buffers.zero()
-        outcomes = list(
-            forward_backward(
-                self.model.phases,
-                microbatches,
-                overlap=config.layout.overlap,
-                recompute=config.train.recompute == "full",
-            )
-        )
-        self.buffers.reduce()
-        norm = self.buffers.norm()
+        self.zero.clear()
+        outcomes = self.runner.train(microbatches)
+        self.zero.finish_reduce()
+        norm = self.zero.norm()
         if 0 < config.optim.clip_norm < norm:
-            self.buffers.scale(config.optim.clip_norm / norm)
+            self.zero.scale(config.optim.clip_norm / norm)
         rate = learning_rate(config.optim, step, config.train.steps)
         self.optimizer.step(rate)
-        layers = self._count_load([o.loads for o in outcomes], batches if count_domains else None)
-        for name, router in self.model.routers():
-            router.update(layers[name].counts, bias_rate(config.balance, step, config.train.steps))
+        self.zero.start_gather()  # what is not here yet arrives as the next forward asks for it
+        layers = self._settle_load(step, outcomes, batches if count_domains else None)
         losses = self._mean_losses(outcomes, labels)
         return StepResult(
             loss=losses[0],
@@ -96,7 +97,7 @@ class Trainer:
         """Labels of the global batch for the next token and for each MTP module, and its real tokens."""
         counts = [
             sum(int((mtp_targets(b.labels, self._documents(b), depth) != IGNORE).sum()) for b in batches)
-            for depth in range(1 + len(self.model.mtp))
+            for depth in range(1 + self.config.model.num_mtp_layers)
         ]
         counts.append(sum(int(batch.valid.sum()) for batch in batches))
         *labels, tokens = all_reduce(
@@ -105,8 +106,8 @@ class Trainer:
         return labels, tokens
 
     def _microbatch(self, batch: Batch, labels: list[int], num_local: int) -> Microbatch:
-        further = self.config.train.mtp_weight / max(1, len(self.model.mtp))
-        weights = [1.0] + [further] * len(self.model.mtp)
+        num_mtp = self.config.model.num_mtp_layers
+        weights = [1.0] + [self.config.train.mtp_weight / max(1, num_mtp)] * num_mtp
         return Microbatch(
             tokens=batch.tokens,
             labels=batch.labels,
@@ -121,52 +122,80 @@ class Trainer:
 
     def _mean_losses(self, outcomes: Sequence[Outcome], labels: list[int]) -> list[float]:
         """Global means: next-token loss, mean MTP loss, auxiliary loss summed over layers."""
-        auxiliary = [load.auxiliary_loss.double() for o in outcomes for load in o.loads.values()]
-        zero = torch.zeros((), dtype=torch.float64, device=outcomes[0].losses.device)
-        sums = [sum((o.losses.double().sum() for o in outcomes), zero)]
-        for depth in range(len(self.model.mtp)):
-            sums.append(sum((o.mtp_losses[depth].double().sum() for o in outcomes), zero))
-        sums.append(sum(auxiliary, zero) / (len(outcomes) * self.groups.layout.dp))
-        loss, *mtp, aux = all_reduce(torch.stack(sums), self.groups.dp).tolist()
+        num_sums = 2 + self.config.model.num_mtp_layers
+        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.zero.device)
+        share = 1.0 / (len(outcomes) * self.groups.layout.dp)
+        has_losses = self.groups.index("tp") == 0  # every rank of a TP group has the same
+        for outcome in outcomes:
+            for load in outcome.loads.values():
+                sums[-1] += share * load.auxiliary_loss
+            if outcome.losses is not None and has_losses:
+                for place, losses in enumerate((outcome.losses, *outcome.mtp_losses)):
+                    sums[place] += losses.double().sum()
+        loss, *mtp, auxiliary = all_reduce(sums, self.groups.world).tolist()
         means = [value / max(1, count) for value, count in zip(mtp, labels[1:], strict=True)]
-        return [loss / max(1, labels[0]), sum(means) / max(1, len(means)), aux]
+        return [loss / max(1, labels[0]), sum(means) / max(1, len(means)), auxiliary]
 
-    def _count_load(
-        self, loads: Sequence[dict[str, LayerLoad]], batches: Sequence[Batch] | None
+    def _settle_load(
+        self, step: int, outcomes: Sequence[Outcome], batches: Sequence[Batch] | None
     ) -> dict[str, LayerCounts]:
-        """Sum every layer's counts over microbatches and ranks, in one reduction of integers."""
-        names = [name for name, _ in self.model.routers()]
-        if not names:
-            return {}
-        num_experts, sources = self.model.config.num_experts, self.groups.layout.ep
-        source = self.groups.rank % sources
-        num_domains = self._num_domains if batches else 0
-        table = torch.zeros(
-            len(names),
-            1 + sources + num_domains,
-            num_experts,
-            dtype=torch.int64,
-            device=loads[0][names[0]].counts_E.device,
-        )
-        for index, name in enumerate(names):
-            for microbatch, by_layer in enumerate(loads):
-                load = by_layer[name]
-                table[index, 0] += load.counts_E
-                table[index, 1 + source] += load.rows_E
-                if batches:
-                    domains = batches[microbatch].domains
-                    table[index, 1 + sources :] += count_by_domain(
-                        load.experts_TK, domains, num_domains, num_experts
-                    )
-        all_reduce(table, self.groups.dp)
+        """Sum every layer's counts, move the biases by them, and gather what all ranks are to know."""
+        names = expert_layers(self.config.model)
+        table = all_reduce(self._count_load(names, outcomes, batches), self.groups.world)
+        rate = bias_rate(self.config.balance, step, self.config.train.steps)
+        biases = torch.zeros(len(names), self.config.model.num_experts, device=table.device)
+        for name, router in self.model.routers():
+            index = names.index(name)
+            router.update(table[index, 0], rate)
+            biases[index] = router.bias
+        all_reduce(biases, self.groups.pp)  # each layer lives on one stage: what is added is 0
+        sources = self.groups.layout.ep
         return {
             name: LayerCounts(
                 counts=table[index, 0],
                 rows=table[index, 1 : 1 + sources],
                 domains=table[index, 1 + sources :] if batches else None,
+                bias=biases[index],
             )
             for index, name in enumerate(names)
         }
+
+    def _count_load(
+        self, names: list[str], outcomes: Sequence[Outcome], batches: Sequence[Batch] | None
+    ) -> Tensor:
+        """This rank's counts: [L, 1 + P + domains, E]; integers, so that any order of adding is exact."""
+        num_experts, sources = self.config.model.num_experts, self.groups.layout.ep
+        num_domains = self._num_domains if batches else 0
+        table = torch.zeros(
+            len(names), 1 + sources + num_domains, num_experts, dtype=torch.int64, device=self.zero.device
+        )
+        for microbatch, outcome in enumerate(outcomes):
+            for name, load in outcome.loads.items():
+                row = table[names.index(name)]
+                row[0] += load.counts_E
+                row[1 + self.groups.index("ep")] += load.rows_E
+                if batches:
+                    domains = batches[microbatch].domains
+                    local = positions_of(domains.shape[1], self.groups).sequence(domains)
+                    row[1 + sources :] += count_by_domain(load.experts_TK, local, num_domains, num_experts)
+        return table
+
+
+def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
+    """This rank's stage with fresh weights, the same under every layout, and what trains it."""
+    settings = config.train
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    part = split(config.model.num_layers, groups.layout.pp)[groups.index("pp")]
+    model = Transformer(config.model, config.balance, groups, dtype, settings.seed, part)
+    return Trainer(model.to(device), config, groups, num_domains)
+
+
+def read_batches(loader: Loader, config: RunConfig, groups: Groups, first: int) -> list[Batch]:
+    """This rank's microbatches of the global batch that begins at sequence `first`, on the CPU."""
+    parts = config.layout.microbatches
+    size = config.train.batch_size // groups.layout.dp // parts
+    first += groups.index("dp") * parts * size
+    return [loader.batch(first + index * size, size) for index in range(parts)]
 
 
 def count_by_domain(experts_TK: Tensor, domains: Tensor, num_domains: int, num_experts: int) -> Tensor:

@@ -6,6 +6,10 @@ on detached leaves, so its backward is autograd on that phase alone; an exchange
 reverse exchange. The backward is a generator too, and yields when all that is left to do waits for
 the wire. Nothing is kept on a module: two microbatches can be in flight at once.
 
+A model names its *units* (embedding, blocks, head) as it enters them. `on_enter` hears of it at once, to
+wait for parameters that are still being gathered; `on_leave` hears of it in the backward when the unit's
+gradients are whole, to begin their reduction.
+
 `Direct` offers the same calls through ordinary autograd, for inference and for use in a notebook.
 """
 
@@ -20,6 +24,7 @@ from torch import Tensor
 from parallel.collectives import Splits, Wire, all_to_all, start_all_to_all
 
 Steps = Generator[None, None, Any]
+OnUnit = Callable[[str], None]
 
 
 def run(steps: Steps) -> Any:
@@ -42,6 +47,10 @@ class Arrival(Protocol):
 class Recorder(Protocol):
     """What a layer's phases are written against: a `Tape` or `Direct`."""
 
+    def unit(self, name: str) -> None:
+        """A unit of the model begins here. Once per unit: what comes later belongs to it or the next."""
+        ...
+
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a phase: tensors and other values in, a tensor, another value or a tuple of these out."""
         ...
@@ -57,6 +66,14 @@ class Recorder(Protocol):
 
 class Direct:
     """The same calls without a tape: autograd runs straight through, exchanges wait."""
+
+    def __init__(self, on_enter: OnUnit | None = None) -> None:
+        self._on_enter = on_enter
+
+    def unit(self, name: str) -> None:
+        """Tell that the unit is entered."""
+        if self._on_enter is not None:
+            self._on_enter(name)
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run the phase."""
@@ -86,6 +103,13 @@ class _Exchange:
     outputs: list[Tensor]
 
 
+@dataclass
+class _Unit:
+    name: str
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True)
 class _Arrival:
     tape: "Tape"
@@ -98,16 +122,27 @@ class _Arrival:
         if not self.rows.requires_grad:
             return received
         received = received.detach().requires_grad_()
-        self.tape._records.append(_Exchange(self.splits, [self.rows], [received]))
+        self.tape._record(_Exchange(self.splits, [self.rows], [received]))
         return received
 
 
 class Tape:
     """The record of one microbatch on one stage; its backward can be walked once."""
 
-    def __init__(self, *, recompute: bool = False) -> None:
-        self._records: list[_Compute | _Exchange] = []
-        self._recompute = recompute
+    def __init__(
+        self, *, recompute: bool = False, on_enter: OnUnit | None = None, on_leave: OnUnit | None = None
+    ) -> None:
+        self._records: dict[int, _Compute | _Exchange | _Unit] = {}  # by their number, in order
+        self._recompute, self._on_enter, self._on_leave = recompute, on_enter, on_leave
+
+    def _record(self, record: _Compute | _Exchange | _Unit) -> None:
+        self._records[len(self._records)] = record
+
+    def unit(self, name: str) -> None:
+        """Tell that the unit is entered, and record it."""
+        if self._on_enter is not None:
+            self._on_enter(name)
+        self._record(_Unit(name))
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a phase on leaves and record it. With recomputation its graph is thrown away."""
@@ -119,7 +154,7 @@ class Tape:
         sources = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
         graph = None if self._recompute else results
         kept = inputs if self._recompute else ()  # only recomputation needs them again
-        self._records.append(_Compute(function, kept, sources, [leaves[id(v)] for v in results], graph))
+        self._record(_Compute(function, kept, sources, [leaves[id(v)] for v in results], graph))
         passed = tuple(leaves.get(id(v), v) for v in values)
         return passed if isinstance(returned, tuple) else passed[0]
 
@@ -127,10 +162,11 @@ class Tape:
         """Put rows on the wire; recorded when they have arrived."""
         return _Arrival(self, rows, splits, start_all_to_all(rows.detach(), splits))
 
-    def root(self, value: Tensor, gradient: float) -> None:
-        """Begin the backward at a scalar with this gradient."""
+    def root(self, value: Tensor, gradient: float | Tensor) -> None:
+        """Begin the backward at a scalar with this gradient, or anywhere with one of the same shape."""
         if value.requires_grad:
-            value.grad = torch.full_like(value, gradient)
+            seed = gradient if isinstance(gradient, Tensor) else torch.full_like(value, gradient)
+            _add_gradient(value, seed)
 
     def backward(self) -> Steps:
         """Walk the records backwards; weight and input gradients are accumulated where they belong.
@@ -138,34 +174,41 @@ class Tape:
         The order depends on the records alone, never on timing, so that stepping this generator
         beside another one changes no bit of any gradient.
         """
-        readers = Counter(id(leaf) for record in self._records for leaf in record.inputs)
-        in_flight: list[tuple[Tensor, Wire]] = []
+        readers = Counter(id(leaf) for record in self._records.values() for leaf in record.inputs)
+        in_flight: list[tuple[int, Tensor, Wire]] = []
         while self._records:
-            awaited = {id(leaf) for leaf, _ in in_flight}
-            place = self._last_ready(readers, awaited)
-            if place is None:
+            number = self._last_ready(readers, in_flight)
+            if number is None:
                 yield
-                leaf, wire = in_flight.pop(0)
+                _, leaf, wire = in_flight.pop(0)
                 _add_gradient(leaf, wire.wait())
                 continue
-            record = self._records.pop(place)
+            record = self._records.pop(number)
             readers.subtract(id(leaf) for leaf in record.inputs)
-            if isinstance(record, _Exchange):
+            if isinstance(record, _Unit):
+                if self._on_leave is not None:
+                    self._on_leave(record.name)
+            elif isinstance(record, _Exchange):
                 (leaf,), (output,) = record.inputs, record.outputs
                 # An unused output still takes part: every rank must make the same exchanges.
                 gradient = torch.zeros_like(output) if output.grad is None else output.grad
-                in_flight.append((leaf, start_all_to_all(gradient, record.splits.reversed())))
+                wire = start_all_to_all(gradient, record.splits.reversed())
+                in_flight.append((number, leaf, wire))
             else:
                 _compute_backward(record)
-        for leaf, wire in in_flight:
+        for _, leaf, wire in in_flight:
             _add_gradient(leaf, wire.wait())
 
-    def _last_ready(self, readers: Counter[int], awaited: set[int]) -> int | None:
-        for place in range(len(self._records) - 1, -1, -1):
-            if all(
-                not readers[id(leaf)] and id(leaf) not in awaited for leaf in self._records[place].outputs
-            ):
-                return place
+    def _last_ready(self, readers: Counter[int], in_flight: list[tuple[int, Tensor, Wire]]) -> int | None:
+        """The last record whose outputs have all their gradient; a unit's, when all behind it is done."""
+        awaited = {id(leaf) for _, leaf, _ in in_flight}
+        behind = max((number for number, _, _ in in_flight), default=-1)
+        last = next(reversed(self._records))
+        for number, record in reversed(self._records.items()):
+            if isinstance(record, _Unit) and (number < last or number < behind):
+                continue
+            if all(not readers[id(leaf)] and id(leaf) not in awaited for leaf in record.outputs):
+                return number
         return None
 
 

@@ -105,7 +105,42 @@ def test_known_keys_reach_into_groups() -> None:
         ),
         (
             {"layout.dp": 6, "layout.ep": 4},
-            "`layout.ep` must divide `layout.dp`, but 4 does not divide 6: use 2, 3 or 6",
+            "`layout.ep` must divide `layout.tp` x `layout.cp` x `layout.dp` / `layout.etp`, but 4 does not "
+            "divide 6: use 2, 3 or 6",
+        ),
+        (
+            {"layout.tp": 8},
+            "`layout.tp` must divide `model.num_heads`, but 8 does not divide 4: use 1, 2 or 4",
+        ),
+        (
+            {"layout.tp": 4, "model.vocab_size": 4098},
+            "`layout.tp` must divide `model.vocab_size`, but 4 does not divide 4098: use 2, 3 or 6",
+        ),
+        (
+            {"layout.tp": 4, "model.intermediate_size": 770},
+            "`layout.tp` must divide `model.intermediate_size`, but 4 does not divide 770: use ",
+        ),
+        (
+            {"layout.tp": 4, "model.moe_intermediate_size": 126},
+            "`layout.tp` must divide `model.num_shared_experts` x `model.moe_intermediate_size`, but 4 ",
+        ),
+        (
+            {"layout.etp": 4, "model.moe_intermediate_size": 126},
+            "`layout.etp` must divide `model.moe_intermediate_size`, but 4 does not divide 126: use ",
+        ),
+        (
+            {"layout.tp": 4, "data.sequence_length": 130},
+            "`data.sequence_length` must be a multiple of `layout.tp`, but 130 is not a multiple of 4: "
+            "use 128 or 132",
+        ),
+        (
+            {"layout.cp": 2, "layout.tp": 2, "data.sequence_length": 60},
+            "`data.sequence_length` must be a multiple of 2 x `layout.cp` x `layout.tp`, but 60 is not a "
+            "multiple of 8: use 56 or 64",
+        ),
+        (
+            {"layout.pp": 6},
+            "`layout.pp` must not exceed `model.num_layers` + 1 (the head may stand alone), but 6 > 5: ",
         ),
         (
             {"model.num_groups": 3},
@@ -195,6 +230,10 @@ def test_rules_between_fields(settings: dict[str, Any], expected: str) -> None:
         (LayoutConfig(ep=4), None, Layout(dp=4, ep=4)),
         (LayoutConfig(ep=2), 4, Layout(dp=4, ep=2)),
         (LayoutConfig(dp=4, ep=2), 4, Layout(dp=4, ep=2)),
+        (LayoutConfig(tp=2, pp=2, ep=2), None, Layout(tp=2, pp=2, ep=2)),
+        (LayoutConfig(tp=2, ep=8), None, Layout(tp=2, dp=4, ep=8)),
+        (LayoutConfig(cp=2, ep=8, etp=2), None, Layout(cp=2, dp=8, ep=8, etp=2)),
+        (LayoutConfig(tp=2, pp=2), 8, Layout(tp=2, pp=2, dp=2)),
     ],
 )
 def test_the_layout_follows_from_what_was_started(
@@ -204,10 +243,11 @@ def test_the_layout_follows_from_what_was_started(
 
 
 def test_the_layout_must_fit_what_was_started() -> None:
-    assert sentence({"layout.dp": 4}, world_size=2) == (
-        "`layout.dp` must equal the number of ranks, but the layout needs 4 and 2 were started: "
-        "start 4 or set `layout.dp=2`"
-    )
+    for settings, world_size in (({"layout.dp": 4}, 2), ({"layout.tp": 2, "layout.cp": 2}, 2)):
+        assert sentence(settings, world_size=world_size) == (
+            "`layout.tp` x `layout.cp` x `layout.dp` x `layout.pp` must equal the number of ranks, but the "
+            "layout needs 4 and 2 were started: start 4 or change one of them"
+        )
 
 
 def test_released_shapes_hold() -> None:

@@ -1,5 +1,6 @@
-"""Uneven exchanges, their gradients, that they are in flight, and identity without a group."""
+"""Uneven exchanges, the ends of a tensor-parallel region, gradients, and identity without a group."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,8 +10,10 @@ from parallel.collectives import (
     all_reduce,
     all_to_all,
     barrier,
+    gather_sequence,
     group_rank,
     group_size,
+    scatter_sum,
     start_all_to_all,
 )
 from tests.ranks import run_ranks
@@ -91,8 +94,48 @@ def test_reduction_and_sizes() -> None:
         assert (total.tolist(), int(largest), size, place) == ([3, 3], 2, 3, rank)
 
 
+def stretch(seed: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, S, heads, D]: small integers, so that their sums are exact in bf16 too."""
+    stream = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, (2, length, 3, 5), generator=stream).to(dtype)
+
+
+def ends_of_a_region(rank: int, world_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    group = dist.group.WORLD
+    part = stretch(rank, 4, dtype).requires_grad_()
+    gathered = gather_sequence(part, group)
+    gathered.backward(stretch(10 + rank, 4 * world_size, dtype))
+    whole = stretch(20 + rank, 4 * world_size, dtype).requires_grad_()
+    scattered = scatter_sum(whole, group)
+    scattered.backward(stretch(30 + rank, 4, dtype).transpose(2, 3).contiguous().transpose(2, 3))
+    assert part.grad is not None and whole.grad is not None
+    return gathered.detach(), part.grad, scattered.detach(), whole.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gather_and_scatter_are_each_others_gradient(world_size: int, dtype: torch.dtype) -> None:
+    """What is gathered is summed on the way back, and what is summed is gathered."""
+
+    def side_by_side(first_seed: int) -> Tensor:
+        return torch.cat([stretch(first_seed + rank, 4, dtype) for rank in range(world_size)], 1)
+
+    def total(first_seed: int) -> Tensor:
+        return sum(stretch(first_seed + rank, 4 * world_size, dtype) for rank in range(world_size))
+
+    for rank, results in enumerate(run_ranks(world_size, ends_of_a_region, dtype)):
+        gathered, grad_part, scattered, grad_whole = results
+        mine = slice(4 * rank, 4 * rank + 4)
+        assert {result.dtype for result in results} == {dtype}
+        assert torch.equal(gathered, side_by_side(0))
+        assert torch.equal(grad_part, total(10)[:, mine])
+        assert torch.equal(scattered, total(20)[:, mine])
+        assert torch.equal(grad_whole, side_by_side(30))
+
+
 def test_identity_without_a_group() -> None:
     rows, alone = torch.randn(3, 2, requires_grad=True), Splits((3,), (3,), None)
+    assert gather_sequence(rows, None) is rows and scatter_sum(rows, None) is rows
     assert all_to_all(rows, alone) is rows
     assert start_all_to_all(rows, alone).wait() is rows
     assert all_reduce(rows, None) is rows

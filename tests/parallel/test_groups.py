@@ -1,4 +1,4 @@
-"""Which ranks share a process group."""
+"""Which ranks share a process group: those whose other coordinates agree."""
 
 import pytest
 import torch
@@ -8,38 +8,85 @@ from parallel.groups import Groups, build_groups, single
 from parallel.layout import Layout
 from tests.ranks import run_ranks
 
-AXES = ("dp", "ep", "expert_dp")
+ATTENTION, EXPERTS = ("tp", "cp", "dp", "pp"), ("etp", "ep", "expert_dp", "pp")
+SPANS = {  # the axes along which the members of a group differ
+    "tp": (ATTENTION, {"tp"}),
+    "cp": (ATTENTION, {"cp"}),
+    "dp": (ATTENTION, {"dp"}),
+    "pp": (ATTENTION, {"pp"}),
+    "tp_cp": (ATTENTION, {"tp", "cp"}),
+    "dp_cp": (ATTENTION, {"dp", "cp"}),
+    "tp_dp_cp": (ATTENTION, {"tp", "dp", "cp"}),
+    "world": (ATTENTION, {"tp", "cp", "dp", "pp"}),
+    "etp": (EXPERTS, {"etp"}),
+    "ep": (EXPERTS, {"ep"}),
+    "ep_etp": (EXPERTS, {"ep", "etp"}),
+    "expert_dp": (EXPERTS, {"expert_dp"}),
+}
 
 
-def members(rank: int, world_size: int, ep: int) -> dict[str, list[int] | None]:
-    groups = build_groups(Layout(dp=world_size, ep=ep))
+def expected(layout: Layout, rank: int, name: str) -> list[int] | None:
+    """Members by brute force, in ascending order; None for this rank alone."""
+    axes, free = SPANS[name]
+    own = layout.coordinates(rank)
+    members = [
+        other
+        for other in range(layout.world_size)
+        if all(layout.coordinates(other)[axis] == own[axis] for axis in axes if axis not in free)
+    ]
+    return members if len(members) > 1 else None
+
+
+def members(rank: int, world_size: int, layout: Layout) -> dict[str, list[int] | None]:
+    groups = build_groups(layout)
     assert groups.rank == rank
     found: dict[str, list[int] | None] = {}
-    for axis in AXES:
-        group = getattr(groups, axis)
-        found[axis] = None if group is None else dist.get_process_group_ranks(group)
+    for name in (*SPANS, "embedding"):
+        group = getattr(groups, name)
+        found[name] = None if group is None else dist.get_process_group_ranks(group)
         if group is not None:  # it works, and reaches these ranks only
             total = torch.tensor(rank)
             dist.all_reduce(total, group=group)
-            assert int(total) == sum(found[axis] or [])
+            assert int(total) == sum(found[name] or [])
     return found
 
 
-@pytest.mark.parametrize(
-    ("ep", "experts", "copies"),
-    [
-        (1, [None] * 4, [[0, 1, 2, 3]] * 4),
-        (2, [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
-        (4, [[0, 1, 2, 3]] * 4, [None] * 4),
-    ],
-)
-def test_members(ep: int, experts: list[list[int] | None], copies: list[list[int] | None]) -> None:
-    found = run_ranks(4, members, ep)
-    assert [each["dp"] for each in found] == [[0, 1, 2, 3]] * 4
-    assert [each["ep"] for each in found] == experts
-    assert [each["expert_dp"] for each in found] == copies
+LAYOUTS = [
+    Layout(dp=4),
+    Layout(dp=4, ep=2),
+    Layout(dp=4, ep=4),
+    Layout(tp=2, pp=2, ep=2),
+    Layout(tp=2, dp=2, ep=4),
+    Layout(tp=2, dp=2, ep=2, etp=2),
+    Layout(tp=2, cp=2, dp=2, ep=4),
+    Layout(cp=2, dp=2, pp=2, ep=2, etp=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
+def test_members(layout: Layout) -> None:
+    for rank, found in enumerate(run_ranks(layout.world_size, members, layout)):
+        for name in SPANS:
+            assert found[name] == expected(layout, rank, name), (name, rank)
+
+
+def test_order_within_a_group_follows_the_axis() -> None:
+    """Rank i of the tp x ep group is coordinate i: cut weights and announced counts rely on it."""
+    layout = Layout(tp=2, dp=2, ep=2, etp=2)
+    for rank, found in enumerate(run_ranks(4, members, layout)):
+        for name in ("tp", "ep", "etp"):
+            group = found[name]
+            assert group is not None and group.index(rank) == layout.coordinates(rank)[name]
+        place = layout.coordinates(rank)
+        assert found["ep_etp"] is not None
+        assert found["ep_etp"].index(rank) == place["ep"] * 2 + place["etp"]
+
+
+def test_first_and_last_stage_share_what_both_hold() -> None:
+    found = run_ranks(6, members, Layout(tp=2, pp=3))
+    assert [each["embedding"] for each in found] == [[0, 4], [1, 5], None, None, [0, 4], [1, 5]]
 
 
 def test_one_rank_needs_no_process_group() -> None:
-    groups = build_groups(Layout(dp=1, ep=1))
-    assert groups == single() == Groups(layout=Layout(dp=1, ep=1), rank=0, dp=None, ep=None, expert_dp=None)
+    groups = build_groups(Layout())
+    assert groups == single() == Groups(layout=Layout(), rank=0)

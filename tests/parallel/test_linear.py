@@ -5,15 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.gradients import GradientBuffers, ParameterSet
-from parallel.linear import GroupedLinear, Linear, linear
+from parallel.groups import build_groups, single
+from parallel.layout import Layout
+from parallel.linear import GroupedLinear, Linear, by_inputs, by_outputs, linear
+from parallel.shards import Cut, is_cut, parameter_pieces, pieces
+from tests.ranks import run_ranks
+from tests.reduced import assemble, buffers
 
 COUNTS = (3, 0, 2, 0)
-
-
-def attach(*modules: torch.nn.Module) -> None:
-    parameters = tuple(parameter for module in modules for parameter in module.parameters())
-    GradientBuffers([ParameterSet(parameters, None, None)])
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -58,7 +57,7 @@ def test_main_grad_equals_grad_and_adds_up(grouped: bool) -> None:
         return filled(GroupedLinear(4, 0, 6, 3) if grouped else Linear(6, 3))
 
     plain, buffered = layer(), layer()
-    attach(buffered)
+    buffers(buffered, single())
     for seed in range(3):
         torch.manual_seed(seed)
         rows, upstream = torch.randn(5, 6), torch.randn(5, 3)
@@ -74,7 +73,7 @@ def test_bf16_weights_accumulate_in_fp32(grouped: bool) -> None:
     layer = (
         GroupedLinear(1, 0, 1, 1, torch.bfloat16) if grouped else Linear(1, 1, torch.bfloat16)
     ).requires_grad_()
-    attach(layer)
+    buffers(layer, single())
     for size in (1.0, *[2.0**-9] * 64):
         rows = torch.full((1, 1), size, dtype=torch.bfloat16)
         (layer(rows, (1,)) if grouped else layer(rows)).sum().backward()
@@ -84,7 +83,7 @@ def test_bf16_weights_accumulate_in_fp32(grouped: bool) -> None:
 
 def test_what_needs_no_gradient_gets_none() -> None:
     layer, rows = filled(Linear(4, 3)), torch.randn(5, 4, requires_grad=True)
-    attach(layer)
+    buffers(layer, single())
     layer(rows.detach()).sum().backward()
     assert layer.weight.main_grad.any()
     layer.weight.main_grad.zero_()
@@ -92,7 +91,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
     layer(rows).sum().backward()
     assert rows.grad is not None and not layer.weight.main_grad.any()
     grouped = filled(GroupedLinear(4, 0, 4, 3))
-    attach(grouped)
+    buffers(grouped, single())
     grouped.weight.requires_grad_(False)
     grouped(rows, COUNTS).sum().backward()
     assert not grouped.weight.main_grad.any()
@@ -102,3 +101,70 @@ def test_a_weight_that_is_no_parameter_passes_its_gradient_on() -> None:
     weight, rows = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     linear(rows, weight * 2).sum().backward()
     torch.testing.assert_close(weight.grad, 2 * rows.sum(0).expand(3, 4))
+
+
+OUTPUTS, INPUTS = 8, 12
+
+
+def whole_and_part(grouped: bool, cut: Cut) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A layer, and the part of it that one of `cut.count` ranks holds."""
+
+    def layer(cut: Cut) -> torch.nn.Module:
+        made = GroupedLinear(4, 0, INPUTS, OUTPUTS, cut=cut) if grouped else Linear(INPUTS, OUTPUTS, cut=cut)
+        return torch.nn.ModuleDict({"experts": filled(made)})
+
+    whole, part = layer(Cut(dim=0, index=0, count=1)), layer(cut)
+    held = {piece.name: piece.tensor for piece in parameter_pieces(whole)}
+    for piece in parameter_pieces(part):
+        piece.tensor.copy_(held[piece.name][piece.place])
+    return whole["experts"], part["experts"]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "sections", "count"), [(0, 1, 2), (0, 2, 2), (0, 2, 4), (1, 1, 2), (1, 1, 3)]
+)
+def test_parts_of_a_weight_make_the_whole_product(dim: int, sections: int, count: int, grouped: bool) -> None:
+    """Cut by outputs each makes its part of them, section by section; cut by inputs, a summand. Together
+    their weight gradients are the whole one's, each element once."""
+    rows, upstream = torch.randn(5, INPUTS, requires_grad=True), torch.randn(5, OUTPUTS)
+    results, grad_rows, gradients = [], [], []
+    for index in range(count):
+        cut = Cut(dim=dim, index=index, count=count, sections=sections)
+        whole, part = whole_and_part(grouped, cut)
+        mine, wanted = rows, upstream
+        if dim == 1:
+            mine = rows.chunk(count, 1)[index]
+        else:
+            wanted = upstream.unflatten(1, (sections, count, -1))[:, :, index].flatten(1)
+        results.append(part(mine, COUNTS) if grouped else part(mine))
+        results[-1].backward(wanted)
+        grad_rows.append(rows.grad.clone())
+        rows.grad = None
+        gradients += pieces("experts.weight", part.weight, part.weight.grad.flatten())
+    expected = whole(rows, COUNTS) if grouped else whole(rows)
+    if dim == 1:
+        together = sum(results)
+    else:
+        together = torch.stack([result.unflatten(1, (sections, -1)) for result in results], 2).flatten(1)
+    torch.testing.assert_close(together, expected)
+    expected.backward(upstream)
+    torch.testing.assert_close(sum(grad_rows), rows.grad)
+    found = assemble(gradients)
+    for piece in pieces("experts.weight", whole.weight, whole.weight.grad.flatten()):
+        torch.testing.assert_close(found[piece.name], piece.tensor)
+
+
+def cuts_of(rank: int, world_size: int) -> tuple[Cut, Cut]:
+    groups = build_groups(Layout(tp=2, dp=2))
+    return by_outputs(groups.tp, sections=2), by_inputs(groups.tp)
+
+
+def test_a_group_cuts_by_rank_and_none_does_not_cut() -> None:
+    for rank, (outputs, inputs) in enumerate(run_ranks(4, cuts_of)):
+        assert outputs == Cut(dim=0, index=rank % 2, count=2, sections=2)
+        assert inputs == Cut(dim=1, index=rank % 2, count=2)
+    assert not is_cut(Linear(4, 3, cut=by_outputs(None)).weight)
+    assert not is_cut(Linear(4, 3, cut=by_inputs(None)).weight)
+    with pytest.raises(AssertionError, match="cannot be cut"):
+        Linear(4, 6, cut=Cut(dim=0, index=0, count=2, sections=2))

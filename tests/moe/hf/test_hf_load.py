@@ -80,6 +80,8 @@ def test_mtp_modules_that_transformers_dropped(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_losses_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Field class 2.4: a released config.json without `aux_loss_alpha` left V3's sequence loss silently at 0
+    (Megatron Bridge PR #5165)."""
     with caplog.at_level(logging.WARNING):
         open_model(saved(oracle("v2-lite"), tmp_path / "model"))
     assert "`balance.sequence_aux` stays 0" in caplog.text

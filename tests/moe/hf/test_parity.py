@@ -14,7 +14,8 @@ from moe.hf.config import from_hf
 from moe.hf.load import load, open_model
 from moe.model.rope import frequencies, rotation_scale
 from moe.model.transformer import Microbatch, Transformer
-from parallel.pipeline.overlap import forward_backward
+from parallel.pipeline.overlap import run_pair
+from parallel.pipeline.tape import Tape, run
 from tests.moe.hf.tiny import (
     KINDS,
     oracle,
@@ -43,7 +44,7 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def through_the_tape(model: Transformer, overlap: bool) -> None:
     """The two sequences as two microbatches, each with its share of the mean."""
-    microbatches = [
+    first, second = (
         Microbatch(
             tokens=TOKENS[row : row + 1],
             labels=LABELS[row : row + 1],
@@ -52,8 +53,15 @@ def through_the_tape(model: Transformer, overlap: bool) -> None:
             auxiliary_share=1 / len(TOKENS),
         )
         for row in range(len(TOKENS))
-    ]
-    list(forward_backward(lambda tape, batch: model.phases(tape, batch), microbatches, overlap=overlap))
+    )
+    tape, other = Tape(), Tape()
+    run(model.phases(tape, first))
+    if overlap:
+        run_pair(model.phases(other, second), tape.backward())
+    else:
+        run(tape.backward())
+        run(model.phases(other, second))
+    run(other.backward())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +145,9 @@ def test_departure_auxiliary_loss_as_released(by_sequence: bool, tmp_path: Path)
         valid=torch.ones_like(TOKENS, dtype=torch.bool),
         loss_weights=(1 / TOKENS.numel(),),
     )
-    (outcome,) = forward_backward(lambda tape, b: model.phases(tape, b), [batch], overlap=False)
+    tape = Tape()
+    _, outcome = run(model.phases(tape, batch))
+    run(tape.backward())
     output = reference(TOKENS, output_router_logits=True)
     assert len(output.router_logits) == 2
     auxiliary = [

@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.balance import bias_rate
 from moe.model.router import Router
+from parallel.collectives import Group
 from parallel.pipeline.tape import Tape, run
+from tests.ranks import run_ranks
+from tests.reduced import assert_same
 
 SIGMOID = ModelConfig(hidden_size=8, num_experts=8, top_k=2)
 SOFTMAX = replace(SIGMOID, score_function="softmax", normalize_top_k=False)
@@ -18,9 +22,9 @@ GROUPED = replace(SOFTMAX, num_groups=4, top_groups=2, group_score="max")
 LAST = torch.tensor([5, 0, 3, 12, 1, 1, 7, 3])
 
 
-def build(balance: BalanceConfig, config: ModelConfig = SIGMOID) -> Router:
+def build(balance: BalanceConfig, config: ModelConfig = SIGMOID, group: Group = None) -> Router:
     torch.manual_seed(0)
-    router = Router(config, balance)
+    router = Router(config, balance, group=group)
     torch.nn.init.normal_(router.projection.weight, std=0.5)
     return router
 
@@ -199,6 +203,38 @@ def test_even_load_costs_the_coefficient() -> None:
     assert router(hidden, valid)[1].item() == pytest.approx(0.3)
     loss = build(BalanceConfig())(hidden, valid)[1]
     assert loss.item() == 0.0 and not loss.requires_grad
+
+
+def loss_and_gradients(
+    balance: BalanceConfig, config: ModelConfig, rank: int = 0, ranks: int = 1
+) -> tuple[float, Tensor, Tensor]:
+    """The loss of a stretch of the padded sequences, and its gradients to router and hidden states."""
+    router = build(balance, config, dist.group.WORLD if ranks > 1 else None)
+    router.last_counts.copy_(LAST)
+    hidden, valid = (each.chunk(ranks, 1)[rank] for each in padded())
+    hidden = hidden.clone().requires_grad_()
+    loss = router(hidden, valid)[1]
+    loss.backward()
+    assert router.projection.weight.grad is not None and hidden.grad is not None
+    return loss.item(), router.projection.weight.grad, hidden.grad
+
+
+def cut_sequences(rank: int, world_size: int) -> list[tuple[float, Tensor, Tensor]]:
+    return [loss_and_gradients(*each, rank, world_size) for each in CUT]
+
+
+CUT = [(balance, config) for balance in ALL_KINDS for config in (SIGMOID, GROUPED)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_over_cut_sequences_losses_and_gradients_add_up(ranks: int) -> None:
+    """Field class 2.4: shares of a stretch's own counts, or of counts summed twice (Megatron #7452)."""
+    for which, *parts in zip(CUT, *run_ranks(ranks, cut_sequences), strict=True):
+        loss, to_router, to_hidden = loss_and_gradients(*which)
+        losses, router_parts, hidden_parts = zip(*parts, strict=True)
+        assert sum(losses) == pytest.approx(loss, rel=1e-6)
+        assert_same(sum(router_parts), to_router, f"{which}: router")
+        assert_same(torch.cat(hidden_parts, 1), to_hidden, f"{which}: hidden states")
 
 
 def gradient(balance: BalanceConfig, pieces: int, *, recompute: bool = False) -> tuple[Tensor, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.model.dispatch import Plan, announce, deliver, make_plan, take_rows, weighted_sum
-from parallel.collectives import Group, all_to_all
+from parallel.collectives import ALONE, ModelGroups, Splits, all_to_all, group_rank
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from tests.ranks import run_ranks
@@ -102,42 +102,62 @@ def test_spread_and_combine_equal_plain_indexing(padded: bool) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def route_home(chosen: Tensor, weights: Tensor, group: Group, first: int) -> tuple[Tensor, Plan]:
+def route_home(chosen: Tensor, weights: Tensor, groups: ModelGroups) -> tuple[Tensor, Plan]:
     """Rows [token, expert] through dispatch to the experts and back; what came back, in sending order."""
     plan = make_plan(chosen, weights, NUM_EXPERTS, None)
-    delivery = deliver(plan, announce(plan, group).wait(), group)
+    delivery = deliver(plan, announce(plan, groups).wait(), groups)
     rows = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
     arrived = all_to_all(rows, delivery.splits)
-    in_order = arrived if delivery.order_N is None else arrived[delivery.order_N]
-    begin = 0
+    assert (delivery.shared is None) == (groups.etp is None)
+    shared = delivery.shared or Splits((len(arrived),), (len(arrived),), None)
+    gathered = all_to_all(arrived.repeat(len(shared.send), 1), shared)
+    in_order = gathered if delivery.order_N is None else gathered[delivery.order_N]
+    begin, first = 0, group_rank(groups.ep) * len(delivery.counts)
     for local, count in enumerate(delivery.counts):
         assert (in_order[begin : begin + count, 1] == first + local).all()
         begin += count
-    assert begin == len(arrived)
+    assert begin == len(gathered)
     home = in_order if delivery.slot_N1 is None else in_order[delivery.slot_N1[:, 0]]
-    assert torch.equal(home, arrived)
-    return all_to_all(home, delivery.splits.reversed()), plan
+    assert torch.equal(home, gathered)
+    summands = all_to_all(home, shared.reversed()).unflatten(0, (len(shared.send), -1))
+    assert all(torch.equal(summand, arrived) for summand in summands)
+    return all_to_all(summands[0], delivery.splits.reversed()), plan
 
 
-def deliver_everywhere(rank: int, world_size: int, favourites: int) -> tuple[int, int]:
-    groups = build_groups(Layout(dp=world_size, ep=world_size))
+def deliver_everywhere(rank: int, world_size: int, layout: Layout, favourites: int) -> tuple[int, int]:
     chosen, weights = choice(rank, favourites=favourites)
     if rank == 1:
         chosen.fill_(NUM_EXPERTS)  # a rank that sends nothing
-    back, plan = route_home(chosen, weights, groups.ep, rank * NUM_EXPERTS // world_size)
+    back, plan = route_home(chosen, weights, build_groups(layout))
     sent = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
     assert torch.equal(back, sent)
     return len(sent), int((chosen < NUM_EXPERTS).sum())
 
 
-@pytest.mark.parametrize(("world_size", "favourites"), [(2, 8), (4, 8), (8, 8), (4, 3)])
-def test_rows_meet_their_experts_and_come_home(world_size: int, favourites: int) -> None:
-    """With three favourites of eight over four ranks, two ranks receive nothing; with eight, e = 1."""
-    for rank, (sent, asked) in enumerate(run_ranks(world_size, deliver_everywhere, favourites)):
+@pytest.mark.parametrize(
+    ("layout", "favourites"),
+    [
+        (Layout(dp=2, ep=2), 8),
+        (Layout(dp=4, ep=4), 8),
+        (Layout(dp=8, ep=8), 8),
+        (Layout(dp=4, ep=4), 3),
+        (Layout(dp=4, ep=2), 8),
+        (Layout(dp=4, ep=2, etp=2), 8),
+        (Layout(dp=4, ep=2, etp=2), 3),
+        (Layout(dp=4, etp=4), 8),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Layout) else value,
+)
+def test_rows_meet_their_experts_and_come_home(layout: Layout, favourites: int) -> None:
+    """With three favourites of eight over four ranks, two ranks receive nothing; with eight, e = 1. The
+    ranks that hold parts of the same experts all see the rows of all of them."""
+    for rank, (sent, asked) in enumerate(
+        run_ranks(layout.world_size, deliver_everywhere, layout, favourites)
+    ):
         assert sent == asked and bool(sent) == (rank != 1)
 
 
 def test_alone_every_row_is_at_home() -> None:
     chosen, weights = choice(0)
-    back, plan = route_home(chosen, weights, None, 0)
+    back, plan = route_home(chosen, weights, ALONE)
     assert torch.equal(back[:, 0], plan.token_N)

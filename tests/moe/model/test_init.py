@@ -7,7 +7,7 @@ from torch import Tensor
 from moe.model.transformer import Transformer
 from parallel.groups import build_groups
 from parallel.layout import Layout
-from parallel.shards import canonical_parameters
+from parallel.shards import Piece, canonical_parameters, parameter_pieces
 from tests.ranks import run_ranks
 from tests.small import SMALL_MODEL
 
@@ -16,18 +16,30 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return dict(canonical_parameters(Transformer(SMALL_MODEL, dtype=dtype, seed=seed)))
 
 
-def cut_weights(rank: int, world_size: int) -> dict[str, Tensor]:
-    groups = build_groups(Layout(dp=world_size, ep=world_size))
-    return dict(canonical_parameters(Transformer(SMALL_MODEL, group=groups.ep)))
+def cut_weights(rank: int, world_size: int, layout: Layout) -> list[Piece]:
+    return list(parameter_pieces(Transformer(SMALL_MODEL, groups=build_groups(layout))))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_layout_begins_alike(world_size: int) -> None:
-    whole, seen = weights(), set()
-    for part in run_ranks(world_size, cut_weights):
-        assert all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
-        seen |= set(part)
-    assert seen == set(whole)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=4, ep=4),
+        Layout(tp=2, ep=2),
+        Layout(tp=2, dp=2, ep=2, etp=2),
+        Layout(dp=2, etp=2),
+        Layout(cp=2),
+    ],
+    ids=Layout.describe,
+)
+def test_every_layout_begins_alike(layout: Layout) -> None:
+    """Each part is that of the whole tensor, and nothing of any tensor is missing."""
+    whole = weights()
+    seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
+    for parts in run_ranks(layout.world_size, cut_weights, layout):
+        for piece in parts:
+            assert torch.equal(piece.tensor, whole[piece.name][piece.place]), piece.name
+            seen[piece.name][piece.place] = True
+    assert all(there.all() for there in seen.values())
 
 
 def test_distribution() -> None:

@@ -39,7 +39,7 @@ def test_ahead() -> None:
 def plain_block(module: MTPModule, hidden: Tensor) -> Tensor:
     """The module's block, called piece by piece."""
     block, config = module.block, CONFIG
-    turn = rotation(config.rope, config.qk_rope_head_dim, hidden.shape[1], torch.device("cpu"))
+    turn = rotation(config.rope, config.qk_rope_head_dim, torch.arange(hidden.shape[1]), hidden.device)
     hidden = hidden + block.attention(block.attention_norm(hidden), turn)
     assert block.moe is not None
     return hidden + block.moe(block.mlp_norm(hidden))
@@ -51,7 +51,7 @@ def test_module_k_predicts_the_token_k_plus_one_ahead() -> None:
     model, read = Transformer(CONFIG), batch()
     normed: list[Tensor] = []
     model.norm.register_forward_hook(lambda module, inputs, output: normed.append(output))
-    outcome = run(model.phases(Direct(), read))
+    _, outcome = run(model.phases(Direct(), read))
     (hidden,) = normed
     for depth, module in enumerate(model.mtp, start=1):
         assert isinstance(module, MTPModule)
@@ -73,7 +73,7 @@ def test_module_k_predicts_the_token_k_plus_one_ahead() -> None:
 
 def test_every_module_has_its_own_router_counted_without_padding() -> None:
     model = Transformer(CONFIG, BalanceConfig(sequence_aux=0.1))
-    outcome = run(model.phases(Tape(), batch()))
+    _, outcome = run(model.phases(Tape(), batch()))
     names = [name for name, _ in model.routers()]
     assert names == list(outcome.loads) == ["1", "2", "mtp0", "mtp1"]
     assert len({id(router) for _, router in model.routers()}) == 4
@@ -119,7 +119,7 @@ def test_modules_see_no_token_beyond_the_one_ahead() -> None:
     tokens = read.tokens.clone()
     tokens[0, 6] += 1
     changed = replace(read, tokens=tokens)
-    before, after = (run(model.phases(Direct(), each)) for each in (read, changed))
+    before, after = (run(model.phases(Direct(), each))[1] for each in (read, changed))
     for depth in (1, 2):
         same = before.mtp_losses[depth - 1][0] == after.mtp_losses[depth - 1][0]
         assert same.tolist() == [True] * (6 - depth) + [False] * (4) + [True] * depth
@@ -134,6 +134,6 @@ def test_nothing_is_predicted_across_documents() -> None:
     labels[:, 3] = IGNORE  # as the loader marks it
     read = replace(read, labels=labels, documents=documents)
     assert document_mask(documents)[0, 0, 4, 3].item() is False
-    losses = run(Transformer(CONFIG).phases(Direct(), read)).mtp_losses
+    losses = run(Transformer(CONFIG).phases(Direct(), read))[1].mtp_losses
     assert losses[0][0, 2] == 0  # its label would stand at position 3
     assert losses[0][0, 3] == 0 and losses[1][0, 2] == 0 and losses[1][0, 3] == 0

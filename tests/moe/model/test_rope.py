@@ -20,7 +20,7 @@ KINDS = [
 def rotated(rope: RopeConfig, vector: Tensor, length: int) -> Tensor:
     """One vector [R] at every position: [S, R]."""
     heads = vector.expand(1, length, 1, -1)
-    return rotation(rope, len(vector), length, CPU).apply(heads)[0, :, 0]
+    return rotation(rope, len(vector), torch.arange(length), CPU).apply(heads)[0, :, 0]
 
 
 @pytest.mark.parametrize("rope", KINDS)
@@ -47,8 +47,16 @@ def test_pairs_turn_like_complex_numbers() -> None:
             )
 
 
+@pytest.mark.parametrize("rope", KINDS)
+def test_a_part_of_the_positions_turns_as_in_the_whole(rope: RopeConfig) -> None:
+    """A context-parallel rank holds two stretches that are not neighbours."""
+    held = torch.tensor([2, 3, 12, 13])
+    whole, part = (rotation(rope, 16, positions, CPU) for positions in (torch.arange(16), held))
+    assert torch.equal(part.cos, whole.cos[held]) and torch.equal(part.sin, whole.sin[held])
+
+
 def test_dtype_stays_and_angles_are_fp32() -> None:
-    turn = rotation(RopeConfig(), 8, 4, CPU)
+    turn = rotation(RopeConfig(), 8, torch.arange(4), CPU)
     assert turn.cos.dtype == torch.float32 and turn.cos.shape == (4, 4)
     assert turn.apply(torch.ones(1, 4, 2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -93,4 +101,4 @@ def test_yarn_scales_of_released_models() -> None:
     uneven = RopeConfig(kind="yarn", factor=40, mscale=1.0, mscale_all_dim=0.0)
     assert softmax_scale(uneven, 192) == 192**-0.5
     assert rotation_scale(uneven) == pytest.approx(0.1 * math.log(40) + 1)
-    assert rotation(uneven, 8, 2, CPU).cos[0, 0].item() == pytest.approx(0.1 * math.log(40) + 1)
+    assert rotation(uneven, 8, torch.arange(2), CPU).cos[0, 0].item() == pytest.approx(0.1 * math.log(40) + 1)

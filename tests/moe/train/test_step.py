@@ -9,28 +9,32 @@ import torch
 from moe.config import BalanceConfig, LayoutConfig, RunConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Batch, Loader
-from moe.model.transformer import Transformer
-from moe.train.step import StepResult, Trainer, count_by_domain
+from moe.rules import validate
+from moe.train.step import StepResult, Trainer, count_by_domain, make_trainer, read_batches
 from parallel.groups import build_groups, single
-from parallel.layout import Layout
 from tests.ranks import run_ranks
 from tests.small import small_run
 
 
 def steps(config: RunConfig, world_size: int, rank: int, count: int) -> tuple[Trainer, list[StepResult]]:
-    """Train `count` steps on this rank's share of the corpus."""
+    """Train `count` steps on this rank's share of the corpus, under the layout of the settings."""
+    corpus = prepare(config.data, config.model.vocab_size)
+    groups = build_groups(validate(config, world_size)) if world_size > 1 else single()
+    trainer = make_trainer(config, groups, len(corpus.domains), torch.device("cpu"))
+    return trainer, steps_from(trainer, 0, count)
+
+
+def steps_from(trainer: Trainer, first: int, count: int) -> list[StepResult]:
+    """Steps `first` .. `first + count - 1`."""
+    config = trainer.config
     corpus = prepare(config.data, config.model.vocab_size)
     loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
-    groups = build_groups(Layout(dp=world_size, ep=config.layout.ep)) if world_size > 1 else single()
-    model = Transformer(config.model, config.balance, groups.ep, seed=3)
-    trainer = Trainer(model, config, groups, len(corpus.domains))
-    size = config.train.batch_size // world_size // config.layout.microbatches
     results = []
-    for step in range(count):
-        first = step * config.train.batch_size + rank * (config.train.batch_size // world_size)
-        batches = [loader.batch(first + i * size, size) for i in range(config.layout.microbatches)]
+    for step in range(first, first + count):
+        batches = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
         results.append(trainer.step(step, batches, count_domains=True))
-    return trainer, results
+    trainer.zero.arrive_all()
+    return results
 
 
 def facts(trainer: Trainer, results: list[StepResult]) -> dict[str, torch.Tensor]:
@@ -44,7 +48,8 @@ def facts(trainer: Trainer, results: list[StepResult]) -> dict[str, torch.Tensor
     for name, layer in results[-1].layers.items():
         assert layer.domains is not None
         every |= {f"{name} counts": layer.counts, f"{name} domains": layer.domains}
-    return every | {f"{name} bias": router.bias for name, router in trainer.model.routers()}
+        every[f"{name} bias"] = layer.bias
+    return every
 
 
 def on_ranks(rank: int, world_size: int, config: RunConfig, count: int) -> dict[str, torch.Tensor]:
@@ -149,16 +154,17 @@ def test_no_layer_of_experts(config: RunConfig) -> None:
 
 def test_bf16_keeps_fp32_masters(config: RunConfig) -> None:
     """A step too small for bf16 still moves the master."""
-    config = replace(config, optim=replace(config.optim, lr=1e-7, warmup_steps=0, weight_decay=0.0))
+    config = replace(
+        config,
+        optim=replace(config.optim, lr=1e-7, warmup_steps=0, weight_decay=0.0),
+        train=replace(config.train, precision="bf16"),
+    )
+    trainer, _ = steps(config, 1, 0, 0)
+    before = {p.name: p.tensor.clone() for p in trainer.optimizer.state() if p.name.startswith("master/")}
     corpus = prepare(config.data, config.model.vocab_size)
-    model = Transformer(config.model, config.balance, dtype=torch.bfloat16, seed=3)
-    trainer = Trainer(model, config, single(), len(corpus.domains))
-    before = {
-        name: tensor.clone() for name, tensor in trainer.optimizer.state() if name.startswith("master/")
-    }
     loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
     trainer.step(0, [loader.batch(0, 8)], count_domains=False)
-    after = dict(trainer.optimizer.state())
+    after = {piece.name: piece.tensor for piece in trainer.optimizer.state()}
     assert before and all(tensor.dtype == torch.float32 for tensor in before.values())
     moved = [not torch.equal(before[name], after[name]) for name in before]
     assert sum(moved) > 0.9 * len(moved)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from parallel.gradients import GradientBuffers, parameter_sets
 from torch import Tensor
 
 from moe.config import BalanceConfig
 from moe.model.transformer import Microbatch, Transformer
 from parallel.collectives import Splits, Wire, start_all_to_all
-from parallel.gradients import GradientBuffers, parameter_sets
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from parallel.pipeline import tape as tape_module

@@ -1,0 +1,51 @@
+"""Whose gradients are complete together, and which ranks hold copies of what.
+
+Units are those that the model marks on the tape: its embedding, each layer, its head, each MTP module.
+A parameter is either a part of experts, cut over tp, or whole on every rank of its stage; every rank of
+a stage sees tokens of its own, so the gradients of all copies are summed.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from moe.model.transformer import Transformer
+from parallel.collectives import Group
+from parallel.groups import Groups
+from parallel.shards import is_cut, is_expert
+from parallel.zero import ParameterSet
+
+
+_ORDER = ("embedding", "layers", "head", "mtp")
+
+
+def parameter_units(model: Transformer, groups: Groups) -> Sequence[tuple[str, Sequence[ParameterSet]]]:
+    """Every parameter of a stage, by unit in forward order and by the ranks that hold its copies."""
+    units: dict[str, dict[int, tuple[Group, list[tuple[str, nn.Parameter]]]]] = {}
+    named = model.named_parameters()
+    for name, parameter in sorted(named, key=lambda pair: _ORDER.index(unit_of(pair[0]).split(".")[0])):
+        holders = _replicas(name, parameter, model, groups)
+        sets = units.setdefault(unit_of(name), {})
+        sets.setdefault(id(holders), (holders, []))[1].append((name, parameter))
+    return [
+        (unit, [ParameterSet(tuple(pairs), holders) for holders, pairs in sets.values()])
+        for unit, sets in units.items()
+    ]
+
+
+def unit_of(name: str) -> str:
+    """The unit that a parameter belongs to."""
+    first, *rest = name.split(".")
+    if first in ("layers", "mtp"):
+        return f"{first}.{rest[0]}"
+    return first if first == "embedding" else "head"
+
+
+def _replicas(name: str, parameter: nn.Parameter, model: Transformer, groups: Groups) -> Group:
+    if is_expert(parameter):
+        return groups.expert_dp
+    config = model.config
+    twice = config.num_mtp_layers or config.tie_embeddings
+    if name == "embedding.weight" and groups.pp is not None and twice:
+        return groups.embedding
+    return groups.dp_cp if is_cut(parameter) else groups.tp_dp_cp

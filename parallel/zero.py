@@ -1,0 +1,273 @@
+"""Data parallelism with ZeRO stage 1 (1910.02054): copies of a parameter share the optimizer's work.
+
+Parameters differ in which ranks hold their copies, so they come as (parameters, group) pairs. Each pair
+is laid into flat buffers, one of weights and one of fp32 gradients, of which every copy owns an equal
+shard; optimizer and checkpoint see only the owned shards. Pairs whose gradients are complete at the same
+moment form a unit. A step is
+
+    clear, backward with start_reduce(unit) as units are done, finish_reduce, norm, scale,
+    the optimizer moves the masters, start_gather, arrive(unit) as the next forward enters each
+
+On NCCL reductions and gathers are in place and overlap with compute; without copies nothing is sent.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import (
+    Group,
+    Wire,
+    all_reduce,
+    group_rank,
+    group_size,
+    start_all_gather,
+    start_reduce_scatter,
+)
+
+BUCKET_BYTES = 256 * 2**20  # of fp32 gradients; only a larger parameter makes a larger bucket
+_ALIGNMENT = 64  # elements: 128 bytes of bf16, what vectorised kernels and NCCL like best
+
+Item = TypeVar("Item")
+Named = tuple[tuple[str, nn.Parameter], ...]
+
+
+@dataclass(frozen=True)
+class ParameterSet:
+    """Named parameters whose copies live on the ranks of `replicas` (None: only here)."""
+
+    named: Named
+    replicas: Group
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The elements `begin` .. `begin` + n - 1 of a parameter, which this rank owns; flat views [n].
+
+    `master` is what the optimizer moves, fp32: the very tensor `weight` where the parameter is fp32 too.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    begin: int
+    weight: Tensor
+    master: Tensor
+    grad: Tensor
+
+
+class Zero:
+    """Gives every trainable parameter a place in flat buffers and `main_grad`, an fp32 gradient view.
+
+    `units` names the units in forward order; `world` is every rank that holds any of the model. A set's
+    replicas must name the same units, sets and parameters, and start reductions in the same order.
+    Masters are made here, so weights are loaded before; casting or moving the model afterwards breaks it.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[tuple[str, Sequence[ParameterSet]]],
+        world: Group,
+        *,
+        reduce_dtype: torch.dtype = torch.float32,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        named = [pair for _, sets in units for chosen in sets for pair in chosen.named]
+        assert len({id(parameter) for _, parameter in named}) == len(named), "a parameter is in two sets"
+        self._world = world
+        self.device = named[0][1].device
+        self._units = {
+            name: [
+                _Bucket(part, chosen.replicas, reduce_dtype)
+                for chosen in sets
+                for part in _split(chosen.named, bucket_bytes)
+            ]
+            for name, sets in units
+        }
+        assert len(self._units) == len(units), "two units have one name"
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for bucket in self._buckets():
+            bucket.clear()
+
+    def start_reduce(self, unit: str) -> None:
+        """Start summing a unit's gradients over their replicas. Nobody may add to them from here on."""
+        for bucket in self._units[unit]:
+            bucket.start_reduce()
+
+    def finish_reduce(self) -> None:
+        """Wait for all sums, those of units not yet started too. They are valid in the owned shards only."""
+        backward_order = list(self._units.values())[::-1]
+        for bucket in (bucket for buckets in backward_order for bucket in buckets):
+            if not bucket.reducing:
+                bucket.start_reduce()
+        for bucket in self._buckets():
+            bucket.finish_reduce()
+
+    def norm(self) -> float:
+        """The 2-norm of the whole model's gradient. Same on every rank; all must call.
+
+        Every element of the model is owned by exactly one rank of the world, whatever its replicas, so the
+        squares of all owned shards, summed in fp64, are the one correct norm without weighing any of them.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for bucket in self._buckets():
+            total += torch.linalg.vector_norm(bucket.grad, dtype=torch.float64).square()
+        return all_reduce(total, self._world).sqrt().item()
+
+    def scale(self, factor: float) -> None:
+        """Multiply every reduced gradient."""
+        for bucket in self._buckets():
+            bucket.grad.mul_(factor)
+
+    def start_gather(self) -> None:
+        """Round the moved masters to weights and start sharing them, in the order the forward needs them."""
+        for bucket in self._buckets():
+            bucket.start_gather()
+
+    def arrive(self, unit: str) -> None:
+        """Wait for a unit's weights. Nothing happens where none are on their way."""
+        for bucket in self._units[unit]:
+            bucket.arrive()
+
+    def arrive_all(self) -> None:
+        """Wait for all weights: before anything but a forward reads them."""
+        for bucket in self._buckets():
+            bucket.arrive()
+
+    def segments(self) -> Iterator[Segment]:
+        """What this rank owns. Over the replicas they tile every trainable parameter exactly once."""
+        for bucket in self._buckets():
+            yield from bucket.segments()
+
+    def _buckets(self) -> Iterator["_Bucket"]:
+        for buckets in self._units.values():
+            yield from buckets
+
+
+class _Bucket:
+    """Parameters of one dtype with the same replicas, in flat buffers of which each owns an equal shard."""
+
+    def __init__(self, named: Named, replicas: Group, reduce_dtype: torch.dtype) -> None:
+        self._named, self._replicas, self._reduce_dtype = named, replicas, reduce_dtype
+        self._begins, begin = [], 0
+        for _, parameter in named:
+            self._begins.append(begin)
+            begin = _round_up(begin + parameter.numel(), _ALIGNMENT)
+        size = _round_up(begin, _ALIGNMENT * group_size(replicas))
+        first = named[0][1]
+        self._weights = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self._grads = torch.zeros(size, dtype=torch.float32, device=first.device)
+        for (_, parameter), begin in zip(named, self._begins, strict=True):
+            place = slice(begin, begin + parameter.numel())
+            weight = self._weights[place].view(parameter.shape)
+            parameter.data = weight.copy_(parameter.detach())  # the object stays, with its marks
+            parameter.main_grad = self._grads[place].view(parameter.shape)  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(_move_to_buffer)
+        self._weight, self.grad = _shard(self._weights, replicas), _shard(self._grads, replicas)
+        self._master = self._weight.float()  # itself where it is fp32
+        self._reduction: Wire | None = None
+        self._gather: Wire | None = None
+        self._version = 0
+
+    def clear(self) -> None:
+        assert not self.reducing, "gradients are being summed"
+        self._grads.zero_()
+
+    @property
+    def reducing(self) -> bool:
+        return self._reduction is not None
+
+    def start_reduce(self) -> None:
+        assert not self.reducing, f"the gradients of {self._named[0][0]} are being summed already"
+        sent = self._grads if self._replicas is None else self._grads.to(self._reduce_dtype)
+        self._reduction = _start_reduce_scatter(sent, self._replicas)
+        self._version = self._grads._version  # autograd counts writes through any view
+
+    def finish_reduce(self) -> None:
+        assert self._reduction is not None
+        assert self._grads._version == self._version, f"{self._named[0][0]}: gradient added while summed"
+        total = self._reduction.wait()
+        if total.dtype != self.grad.dtype:  # otherwise it was summed in place
+            self.grad.copy_(total)
+        self._reduction = None
+
+    def start_gather(self) -> None:
+        assert self._gather is None, f"the weights of {self._named[0][0]} are on their way already"
+        if self._master is not self._weight:
+            self._weight.copy_(self._master)
+        self._gather = _start_all_gather(self._weights, self._replicas)
+
+    def arrive(self) -> None:
+        if self._gather is not None:
+            self._gather.wait()
+            self._gather = None
+
+    def segments(self) -> Iterator[Segment]:
+        shard = self._weight.numel()
+        low = group_rank(self._replicas) * shard
+        for (name, parameter), begin in zip(self._named, self._begins, strict=True):
+            first, end = max(begin, low), min(begin + parameter.numel(), low + shard)
+            if first < end:
+                owned = slice(first - low, end - low)
+                weight = self._weight[owned]
+                master = weight if self._master is self._weight else self._master[owned]
+                yield Segment(name, parameter, first - begin, weight, master, self.grad[owned])
+
+
+def _split(named: Named, limit: int) -> Iterator[Named]:
+    """The trainable parameters, apart by dtype, in runs of at most `limit` bytes of fp32 gradients."""
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    for dtype in dict.fromkeys(parameter.dtype for _, parameter in trainable):
+        alike = [(name, parameter) for name, parameter in trainable if parameter.dtype == dtype]
+        for run in runs(alike, lambda pair: 4 * pair[1].numel(), limit):
+            yield tuple(run)
+
+
+def runs(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Items in order, in runs whose sizes add up to at most `limit`; a larger item is a run by itself."""
+    run: list[Item] = []
+    total = 0
+    for item in items:
+        if run and total + size(item) > limit:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size(item)
+    if run:
+        yield run
+
+
+def _move_to_buffer(parameter: Tensor) -> None:
+    """Gradients that autograd makes itself (norm gains, embeddings) join those of the products."""
+    if parameter.grad is not None:  # autograd calls this too when a product made the gradient itself
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+
+
+def _shard(flat: Tensor, group: Group) -> Tensor:
+    return flat.view(group_size(group), -1)[group_rank(group)]
+
+
+def _start_reduce_scatter(flat: Tensor, group: Group) -> Wire:
+    """Sum a flat tensor over a group, in place: what arrives is this rank's shard of it."""
+    shard = _shard(flat, group)
+    if group is None:
+        return Wire(shard, flat, None)
+    return Wire(shard, flat, start_reduce_scatter(shard, flat, group))
+
+
+def _start_all_gather(flat: Tensor, group: Group) -> Wire:
+    """Fill a flat tensor with every rank's shard of it, in place."""
+    shard = _shard(flat, group)
+    if group is None:
+        return Wire(flat, shard, None)
+    return Wire(flat, shard, start_all_gather(flat, shard, group))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple

@@ -1,0 +1,60 @@
+"""Gradients of a module over ranks as training sums them, and whole tensors from what the ranks own.
+
+zero = buffers(module, groups)         # every parameter, by the ranks that hold its copies
+...                                    # backward
+pieces = owned_gradients(zero)         # this rank's rectangles of canonical tensors
+gradients = assemble(pieces_of_all)    # each element exactly once
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import Group
+from parallel.groups import Groups
+from parallel.shards import Piece, is_cut, is_expert, pieces
+from parallel.zero import ParameterSet, Zero
+
+
+def buffers(module: nn.Module, groups: Groups) -> Zero:
+    """Give every parameter its place; the marks of shards.py say which ranks hold its copies."""
+    kinds: tuple[tuple[Group, list[tuple[str, nn.Parameter]]], ...] = (
+        (groups.expert_dp, []),
+        (groups.dp_cp, []),
+        (groups.tp_dp_cp, []),
+    )
+    for name, parameter in module.named_parameters():
+        kind = 0 if is_expert(parameter) else 1 if is_cut(parameter) else 2
+        kinds[kind][1].append((name, parameter))
+    return Zero([("all", [ParameterSet(tuple(named), replicas) for replicas, named in kinds])], groups.world)
+
+
+def owned_gradients(zero: Zero) -> list[Piece]:
+    """The summed gradients that this rank owns, copied: they may travel and outlive the buffers."""
+    zero.finish_reduce()
+    return [
+        Piece(piece.name, piece.shape, piece.offset, piece.tensor.clone())
+        for segment in zero.segments()
+        for piece in pieces(segment.name, segment.parameter, segment.grad, segment.begin)
+    ]
+
+
+def assemble(parts: Iterable[Piece]) -> dict[str, Tensor]:
+    """Canonical tensors from pieces that tile them: every element comes exactly once."""
+    whole: dict[str, Tensor] = {}
+    times: dict[str, Tensor] = {}
+    for piece in parts:
+        tensor = whole.setdefault(piece.name, torch.full(piece.shape, torch.nan, dtype=piece.tensor.dtype))
+        tensor[piece.place] = piece.tensor
+        times.setdefault(piece.name, torch.zeros(piece.shape))[piece.place] += 1
+    for name, count in times.items():
+        assert (count == 1).all(), f"{name}: elements are owned {count.min():g} to {count.max():g} times"
+    return whole
+
+
+def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
+    """Equal to 5e-6 of the expected tensor's norm."""
+    assert found.shape == expected.shape, what
+    error, size = (found - expected).norm().item(), expected.norm().item()
+    assert error <= 5e-6 * size, f"{what}: {error} of {size}"

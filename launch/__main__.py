@@ -54,6 +54,24 @@ COMMANDS = {
         details="With arguments, only pytest runs, and gets them.",
         example="switchyard test tests/launch -k resume",
     ),
+    "verify": Command(
+        target="launch.verify:main",
+        usage="verify [recipe=NAME] [KEY=VALUE ...] [--sweep --ranks N [--full]] [--shrink] [--steps K]",
+        does="prove that a layout, or every layout, trains like one rank",
+        details=(
+            "Takes the same global batches through one rank and through the recipe's layout, and compares\n"
+            "losses, every gradient, expert counts and biases. Exit code 1: they differ beyond rounding.\n\n"
+            "recipe=NAME  a file of recipes/, or a path to a YAML file (default: tiny)\n"
+            "KEY=VALUE    overrides any setting, as in Hydra: layout.tp=2\n"
+            "--sweep      every layout that takes exactly N ranks, under every schedule\n"
+            "--ranks N    started here, unless torchrun or srun already did\n"
+            "--full       each of these with and without recomputation; otherwise the two alternate\n"
+            "--shrink     first makes model and batch small, with their structure kept\n"
+            "--steps K    compared are steps 1 and K (default: 3)\n"
+            "--json FILE  writes the rows for machines"
+        ),
+        example="switchyard verify recipe=tiny --sweep --ranks 4 --shrink",
+    ),
     "bench balance": Command(
         target="launch.bench.balance:main",
         usage="bench balance [--steps N] [--json FILE]",
@@ -64,6 +82,19 @@ COMMANDS = {
             "--json FILE  writes the rows for machines"
         ),
         example="switchyard bench balance --json balance.json",
+    ),
+    "bench checkpoint": Command(
+        target="launch.bench.checkpoint:main",
+        usage="bench checkpoint [--every N] [--rounds N] [--json FILE]",
+        does="measure what saving a checkpoint costs training",
+        details=(
+            "Trains recipe tiny on one rank, in turn without saving, saving in the background, and waiting\n"
+            "for each save.\n\n"
+            "--every N    steps from one save to the next (default: 20)\n"
+            "--rounds N   saves of each kind (default: 3)\n"
+            "--json FILE  writes the rows for machines"
+        ),
+        example="switchyard bench checkpoint --every 10",
     ),
 }
 

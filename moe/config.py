@@ -126,6 +126,9 @@ class OptimConfig:
     grad_reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients travel as; added up in fp32 before
     moments: Literal["fp32", "bf16"] = "fp32"  # how they are kept; computed in fp32
     fused: Literal["torch", "apex", "te"] = "torch"  # whose kernel; te is Transformer Engine
+    engine: Literal["switchyard", "deepspeed"] = "switchyard"  # who holds weights and sums gradients
+    zero_stage: Literal[1, 2, 3] = 1  # shared out: moments; and gradients; and weights
+    offload: bool = False  # keep masters and moments in host memory, and move them there
 
 
 @dataclass(frozen=True, kw_only=True)

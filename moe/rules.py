@@ -82,6 +82,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     layout = _layout(config, world_size)
     model, batch = config.model, config.train.batch_size
     _validate_cuts(config, layout)
+    _validate_engine(config, layout)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
         near = sorted({max(parts, batch // parts * parts), (batch // parts + 1) * parts})
@@ -147,6 +148,25 @@ def _validate_cuts(config: RunConfig, layout: Layout) -> None:
             "`layout.pp` must not exceed `model.num_layers` + 1 (the head may stand alone), but "
             f"{layout.pp} > {model.num_layers + 1}: use at most {model.num_layers + 1}"
         )
+
+
+def _validate_engine(config: RunConfig, layout: Layout) -> None:
+    """What only one of the engines can do."""
+    optim = config.optim
+    rules = (
+        ("switchyard", "optim.zero_stage", optim.zero_stage, 1),
+        ("switchyard", "optim.offload", optim.offload, False),
+        ("deepspeed", "layout.pp", layout.pp, 1),
+        ("deepspeed", "optim.moments", optim.moments, "fp32"),
+        ("deepspeed", "optim.fused", optim.fused, "torch"),
+    )
+    for engine, field, value, only in rules:
+        if optim.engine == engine and value != only:
+            shown, other = str(only).lower(), "deepspeed" if engine == "switchyard" else "switchyard"
+            raise UserError(
+                f"`{field}` must be {shown} with `optim.engine={engine}`, but is {str(value).lower()}: "
+                f"set `{field}={shown}` or `optim.engine={other}`"
+            )
 
 
 def _validate_model(model: ModelConfig) -> None:

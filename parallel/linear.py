@@ -1,6 +1,6 @@
 """Every matrix product with a weight, and the only place that makes weight gradients.
 
-A weight that carries `main_grad` (an fp32 buffer, see gradients.py) has its gradient added straight
+A weight that carries `main_grad` (an fp32 buffer, see zero.py) has its gradient added straight
 into it; a weight without one gets an ordinary `.grad`, so that a layer works alone in a notebook.
 A layer may hold a part of its weight; moving what the parts need is said where the layer is used.
 Legend: N rows, I inputs, O outputs, e experts of this rank.

@@ -30,6 +30,7 @@ from parallel.collectives import (
 )
 
 BUCKET_BYTES = 256 * 2**20  # of fp32 gradients; only a larger parameter makes a larger bucket
+_NORM_ELEMENTS = 2**24  # of a gradient that are widened to fp64 at a time
 _ALIGNMENT = 64  # elements: 128 bytes of bf16, what vectorised kernels and NCCL like best
 
 Item = TypeVar("Item")
@@ -62,9 +63,10 @@ class Segment:
 class Zero:
     """Gives every trainable parameter a place in flat buffers and `main_grad`, an fp32 gradient view.
 
-    `units` names the units in forward order; `world` is every rank that holds any of the model. A set's
-    replicas must name the same units, sets and parameters, and start reductions in the same order.
-    Masters are made here, so weights are loaded before; casting or moving the model afterwards breaks it.
+    `units` come in forward order; `world` is every rank that holds any of the model. Ranks that share a
+    group pass the sets of that group in the same order, in which alone anything is sent: a rank and its
+    mirror in a two-way pipeline must agree on one. Masters are made here, so weights are loaded before;
+    the model is neither cast nor moved to another device afterwards.
     """
 
     def __init__(
@@ -88,25 +90,36 @@ class Zero:
             for name, sets in units
         }
         assert len(self._units) == len(units), "two units have one name"
+        self._unsent = list(self._units)
+        self._complete: set[str] = set()
 
     def clear(self) -> None:
         """Forget the gradients."""
+        assert not self._complete, f"the gradients of {self._complete} are being summed"
         for bucket in self._buckets():
             bucket.clear()
 
     def start_reduce(self, unit: str) -> None:
-        """Start summing a unit's gradients over their replicas. Nobody may add to them from here on."""
+        """A unit's gradients are complete: sum them over their replicas. Nobody adds to them from here on.
+
+        Sums start in backward order whatever the order of calls, which may differ between replicas.
+        """
+        assert unit not in self._complete, f"the gradients of {unit} are being summed already"
+        self._complete.add(unit)
         for bucket in self._units[unit]:
-            bucket.start_reduce()
+            bucket.close()
+        while self._unsent and self._unsent[-1] in self._complete:
+            for bucket in self._units[self._unsent.pop()]:
+                bucket.start_reduce()
 
     def finish_reduce(self) -> None:
         """Wait for all sums, those of units not yet started too. They are valid in the owned shards only."""
-        backward_order = list(self._units.values())[::-1]
-        for bucket in (bucket for buckets in backward_order for bucket in buckets):
-            if not bucket.reducing:
-                bucket.start_reduce()
+        for unit in self._units.keys() - self._complete:
+            self.start_reduce(unit)
         for bucket in self._buckets():
             bucket.finish_reduce()
+        self._unsent = list(self._units)
+        self._complete.clear()
 
     def norm(self) -> float:
         """The 2-norm of the whole model's gradient. Same on every rank; all must call.
@@ -116,7 +129,8 @@ class Zero:
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for bucket in self._buckets():
-            total += torch.linalg.vector_norm(bucket.grad, dtype=torch.float64).square()
+            for part in bucket.grad.split(_NORM_ELEMENTS):
+                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return all_reduce(total, self._world).sqrt().item()
 
     def scale(self, factor: float) -> None:
@@ -172,21 +186,17 @@ class _Bucket:
         self._master = self._weight.float()  # itself where it is fp32
         self._reduction: Wire | None = None
         self._gather: Wire | None = None
-        self._version = 0
+        self._version = -1  # of the gradients when they were complete
 
     def clear(self) -> None:
-        assert not self.reducing, "gradients are being summed"
         self._grads.zero_()
 
-    @property
-    def reducing(self) -> bool:
-        return self._reduction is not None
+    def close(self) -> None:
+        self._version = self._grads._version  # autograd counts the writes through any view
 
     def start_reduce(self) -> None:
-        assert not self.reducing, f"the gradients of {self._named[0][0]} are being summed already"
         sent = self._grads if self._replicas is None else self._grads.to(self._reduce_dtype)
         self._reduction = _start_reduce_scatter(sent, self._replicas)
-        self._version = self._grads._version  # autograd counts writes through any view
 
     def finish_reduce(self) -> None:
         assert self._reduction is not None
@@ -195,6 +205,7 @@ class _Bucket:
         if total.dtype != self.grad.dtype:  # otherwise it was summed in place
             self.grad.copy_(total)
         self._reduction = None
+        self.arrive()  # where no forward came by: the optimizer is about to move what is being sent
 
     def start_gather(self) -> None:
         assert self._gather is None, f"the weights of {self._named[0][0]} are on their way already"

@@ -80,7 +80,7 @@ def test_the_failing_ranks_traceback_arrives() -> None:
 def test_a_hang_is_ended_and_the_next_call_works() -> None:
     before = run_ranks(2, process_id)
     started = time.monotonic()
-    with pytest.raises(RankFailure, match=r"no answer from ranks \[0\] of 2"):
+    with pytest.raises(RankFailure, match=r"no answer from ranks .* of 2"):
         run_ranks(2, hang_on_first, timeout=0.5)
     assert time.monotonic() - started < 10
     for process in before:

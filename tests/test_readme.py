@@ -1,4 +1,4 @@
-"""Every command and program that the README shows runs; training at a size that takes seconds."""
+"""Every command and program that README and docs show runs; training at a size that takes seconds."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from tests.small import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+TEXTS = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
 
 SMALL = [
     *("model.hidden_size=32", "model.intermediate_size=32", "model.moe_intermediate_size=16"),
@@ -22,11 +22,11 @@ SMALL = [
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for text in TEXTS for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 def commands() -> list[str]:
-    """Every line of the README's shell blocks, without comments, as it stands there."""
+    """Every line of the shell blocks, without comments, as it stands there."""
     lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
@@ -49,7 +49,13 @@ def runnable(command: str) -> list[str]:
     words = [sys.executable, *python, *words[1:]]
     if "train" in words or "launch.train" in words:
         return words + SMALL
-    return [*words, "--steps", "2"] if "bench" in words else words
+    if "verify" in words:
+        ranks = ["--ranks", "2"] if "--sweep" in words else []
+        return [*words, *ranks, "--steps", "1", *SMALL]
+    if "bench" in words:
+        few = {"balance": ["--steps", "2"], "checkpoint": ["--every", "1", "--rounds", "1"]}
+        return words + few[words[-1]]
+    return words
 
 
 @pytest.mark.parametrize("command", commands())
@@ -77,6 +83,11 @@ def test_program(program: str) -> None:
 
 def test_files_named_exist() -> None:
     """Tests and pictures that the README points to are there."""
-    named = re.findall(r"`(tests/[\w/.]+)`", README) + re.findall(r"\]\((\w[\w/.]*)\)", README)
+    named = [
+        name
+        for text in TEXTS
+        for pattern in (r"`(tests/[\w/.]+)`", r"\]\((\w[\w/.]*)\)")
+        for name in re.findall(pattern, text)
+    ]
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []

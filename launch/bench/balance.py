@@ -4,25 +4,21 @@ Both runs begin with the same weights, in which every router favours two experts
 read the same real text. Reported is MaxVio of the summed counts over the last quarter of the steps.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from launch.bench.output import parse, write
 from launch.compose import from_recipe
 from moe.config import BalanceConfig, RunConfig
 from moe.data.corpus import Corpus, prepare
 from moe.data.loader import Loader
 from moe.model.transformer import Transformer
 from moe.telemetry.load import max_vio
-from moe.telemetry.sinks import replace_file
 from moe.train.step import Trainer
-from parallel.errors import UserError
 from parallel.groups import single
 
 FAVOURED = 2  # experts per layer
@@ -31,22 +27,12 @@ SKEW = 4.0  # by how much a favoured expert's logit leads on the mean token
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print a table, and write the JSON if asked."""
-    parser = argparse.ArgumentParser(prog="switchyard bench balance")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        raise UserError(f"`--steps` must be at least 1, but is {options.steps}: use 200")
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(
-            f"`--json` must lie in an existing folder, but {options.json} does not: make it first"
-        )
+    options = parse("balance", arguments, steps=200)
     result = measure(small_config(options.steps))
     for row in result["rows"]:
         print(f"  bias {row['bias']:<8} MaxVio first step {row['first']:6.3f}   tail {row['tail']:6.3f}")
     print(f"  tail with the bias / without: {result['ratio']:.3f}")
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=2).encode())
+    write(options, result)
     return 0
 
 

@@ -65,12 +65,16 @@ class Router(nn.Module):
         scores_TE = logits_TE.softmax(-1) if config.score_function == "softmax" else logits_TE.sigmoid()
         with torch.no_grad():
             choice_TE = scores_TE if self.balance.bias == "none" else scores_TE + self.bias
-            experts_TK = self._group_limited(choice_TE).topk(config.top_k, dim=-1, sorted=False).indices
+            experts_TK = self.choose(choice_TE)
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
         loss = self._auxiliary_loss(scores_TE.unflatten(0, valid.shape), valid)
         routed_TK = experts_TK.masked_fill(~valid_T[:, None], config.num_experts)
         counts_E = torch.bincount(routed_TK.flatten(), minlength=config.num_experts + 1)[:-1]
         return weights_TK, loss, Routing(routed_TK, counts_E)
+
+    def choose(self, choice_TE: Tensor) -> Tensor:
+        """The chosen experts [T, K], in no order, by scores [T, E] that hold the bias where there is one."""
+        return self._group_limited(choice_TE).topk(self.config.top_k, dim=-1, sorted=False).indices
 
     def _weights(self, chosen_TK: Tensor) -> Tensor:
         config = self.config

@@ -5,12 +5,12 @@ import torch
 from moe.data.loader import Loader
 from moe.model.mtp import IGNORE
 from moe.model.transformer import Microbatch, positions_of
-from moe.train.runner import Runner
+from moe.train.engine import Engine
 from parallel.collectives import all_reduce
 
 
 def evaluate(
-    runner: Runner,
+    engine: Engine,
     loader: Loader,
     domains: tuple[str, ...],
     *,
@@ -24,7 +24,7 @@ def evaluate(
     one without work in the last round runs on padding, because exchanges need every rank.
     """
     num_sequences = min(num_sequences, loader.sequences_per_epoch)
-    groups, device = runner.groups, runner.device
+    groups, device = engine.groups, engine.device
     sums = torch.zeros(2, len(domains), dtype=torch.float64, device=device)
     ranks, rank = groups.layout.dp, groups.index("dp")
     has_losses = groups.index("tp") == 0  # every rank of a TP group has the same
@@ -39,9 +39,9 @@ def evaluate(
             labels=labels,
             valid=batch.valid & real,
             documents=batch.documents if mask_documents else None,
-            loss_weights=(1.0,) * (1 + runner.model.config.num_mtp_layers),
+            loss_weights=(1.0,) * (1 + engine.model.config.num_mtp_layers),
         )
-        (outcome,) = runner.forward([microbatch])
+        (outcome,) = engine.forward([microbatch])
         if outcome.losses is None or not has_losses:
             continue
         held = positions_of(labels.shape[1], groups)

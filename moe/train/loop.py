@@ -6,12 +6,10 @@ A signal only raises a flag; the ranks agree on it between two steps, save, and 
 import json
 import logging
 import math
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +29,7 @@ from moe.train.evaluate import evaluate
 from moe.train.record import Recorder
 from moe.train.sample import sample
 from moe.train.step import StepResult, make_trainer, read_batches
+from moe.train.world import world
 from parallel.checkpoint import open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
 from parallel.errors import UserError
@@ -47,27 +46,9 @@ def train(config: RunConfig, run: Path) -> int:
 
     Every rank of the layout calls, with torch's rank variables set when there are several.
     """
-    with _world() as device:
+    with world() as device:
         groups = build_groups(validate(config, dist.get_world_size() if dist.is_initialized() else 1))
         return _Run(config, run, groups, device).train()
-
-
-@contextmanager
-def _world() -> Iterator[torch.device]:
-    """The process group of all ranks, and this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    try:
-        yield device
-    finally:
-        if several:
-            dist.destroy_process_group()
 
 
 class _Run:
@@ -171,7 +152,7 @@ class _Run:
         if not self.validation.sequences_per_epoch:
             return
         losses = evaluate(
-            self.trainer.runner,
+            self.trainer.engine,
             self.validation,
             self.corpus.domains,
             num_sequences=config.train.eval_sequences,
@@ -230,7 +211,7 @@ class _Run:
         prompt = tokenizer.encode(settings.sample_prompt, add_special_tokens=False).ids or [self.corpus.eos]
         context = self.config.data.sequence_length
         tokens = sample(
-            self.trainer.runner, prompt, settings.sample_tokens, context=context, seed=settings.seed
+            self.trainer.engine, prompt, settings.sample_tokens, context=context, seed=settings.seed
         )
         return tokenizer.decode(tokens)
 

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from moe.model.transformer import Microbatch, positions_of
-from moe.train.runner import Runner
+from moe.train.engine import Engine
 from parallel.collectives import all_reduce
 from parallel.layout import length_multiple
 
 
 def sample(
-    runner: Runner,
+    engine: Engine,
     prompt: list[int],
     num_tokens: int,
     *,
@@ -22,20 +22,20 @@ def sample(
     stream = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        chances = (next_logits(runner, tokens[-context:]).cpu() / temperature).softmax(-1)
+        chances = (next_logits(engine, tokens[-context:]).cpu() / temperature).softmax(-1)
         tokens.append(int(torch.multinomial(chances, 1, generator=stream)))
     return tokens
 
 
-def next_logits(runner: Runner, tokens: list[int]) -> Tensor:
+def next_logits(engine: Engine, tokens: list[int]) -> Tensor:
     """Logits [V] in fp32 of the token after these, the same on every rank. Every rank must call."""
-    groups, config = runner.groups, runner.model.config
+    groups, config = engine.groups, engine.model.config
     multiple = length_multiple(groups.layout.cp, groups.layout.tp)
     length = -(-len(tokens) // multiple) * multiple
-    padded = torch.tensor([tokens + [0] * (length - len(tokens))], device=runner.device)
-    valid = torch.arange(length, device=runner.device)[None] < len(tokens)
-    (outcome,) = runner.forward([Microbatch(tokens=padded, labels=None, valid=valid)])
-    found = torch.zeros(config.vocab_size, device=runner.device)
+    padded = torch.tensor([tokens + [0] * (length - len(tokens))], device=engine.device)
+    valid = torch.arange(length, device=engine.device)[None] < len(tokens)
+    (outcome,) = engine.forward([Microbatch(tokens=padded, labels=None, valid=valid)])
+    found = torch.zeros(config.vocab_size, device=engine.device)
     if outcome.logits is not None and groups.index("dp") == 0:
         here = positions_of(length, groups).numbers() == len(tokens) - 1
         rows = outcome.logits[0, here].float()  # one row, or none where another rank holds the position

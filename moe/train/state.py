@@ -5,13 +5,13 @@ shards that it owns as the optimizer does; what is small and everywhere is writt
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from moe.train.step import Trainer
 from parallel.checkpoint import Checkpoint
-from parallel.shards import Piece, pieces
+from parallel.shards import Piece
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Position:
 def owned(trainer: Trainer) -> list[Piece]:
     """What this rank writes: over all ranks every element of every tensor once."""
     groups = trainer.groups
-    trainer.zero.arrive_all()
-    found = list(_sharded(trainer))
+    found = list(trainer.engine.owned())
     if groups.rank % groups.layout.stage_size == 0:
         found += _router_state(trainer)
     if groups.rank == 0:
@@ -37,21 +36,12 @@ def owned(trainer: Trainer) -> list[Piece]:
 
 def load(trainer: Trainer, saved: Checkpoint) -> Position:
     """Put everything back, under whatever layout this trainer has. UserError where it does not fit."""
-    for piece in (*_sharded(trainer), *_router_state(trainer)):
+    for piece in (*trainer.engine.owned(), *_router_state(trainer)):
         saved.read_into(piece)
-    trainer.zero.start_gather()
-    trainer.zero.arrive_all()
     torch.set_rng_state(saved.read("random/torch"))
     position = Position(**saved.state)
-    trainer.optimizer.set_steps(position.step)
+    trainer.engine.written(position.step)
     return position
-
-
-def _sharded(trainer: Trainer) -> Iterator[Piece]:
-    for segment in trainer.zero.segments():
-        for piece in pieces(segment.name, segment.parameter, segment.weight, segment.begin):
-            yield replace(piece, name=f"model/{piece.name}")
-    yield from trainer.optimizer.state()
 
 
 def _router_state(trainer: Trainer) -> Iterator[Piece]:

@@ -18,14 +18,14 @@ from moe.model.balance import bias_rate
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.stages import split
 from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers, positions_of
-from moe.train.optim import Optimizer, learning_rate
-from moe.train.runner import Runner
-from moe.train.units import parameter_units
+from moe.train.deepspeed import DeepSpeed
+from moe.train.engine import Engine, Switchyard
+from moe.train.optim import learning_rate
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
-from parallel.zero import Zero
 
-REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU = torch.device("cpu")
+ENGINES: dict[str, type[Switchyard] | type[DeepSpeed]] = {"switchyard": Switchyard, "deepspeed": DeepSpeed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,19 @@ class StepResult:
 
 
 class Trainer:
-    """One rank's stage of the model, its shard of the optimizer, and the schedule that runs them."""
+    """One rank's stage of the model, and the engine that runs and moves it."""
 
-    def __init__(self, model: Transformer, config: RunConfig, groups: Groups, num_domains: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: RunConfig,
+        groups: Groups,
+        num_domains: int,
+        device: torch.device = CPU,
+    ) -> None:
+        """The engine takes the model to the device."""
         self.model, self.config, self.groups = model, config, groups
-        self.zero = Zero(
-            parameter_units(model, groups),
-            groups.world,
-            reduce_dtype=REDUCE_DTYPES[config.optim.grad_reduce],
-        )
-        self.optimizer = Optimizer(self.zero.segments(), config.optim)
-        self.runner = Runner(model, config, groups, self.zero)
+        self.engine: Engine = ENGINES[config.optim.engine](model, config, groups, device)
         self._num_domains = num_domains
 
     def step(self, step: int, batches: Sequence[Batch], *, count_domains: bool) -> StepResult:
@@ -71,15 +73,9 @@ class Trainer:
         begin, config = time.perf_counter(), self.config
         labels, tokens = self._count_labels(batches)
         microbatches = [self._microbatch(batch, labels, len(batches)) for batch in batches]
-        self.zero.clear()
-        outcomes = self.runner.train(microbatches)
-        self.zero.finish_reduce()
-        norm = self.zero.norm()
-        if 0 < config.optim.clip_norm < norm:
-            self.zero.scale(config.optim.clip_norm / norm)
+        outcomes = self.engine.train(microbatches)
         rate = learning_rate(config.optim, step, config.train.steps)
-        self.optimizer.step(rate)
-        self.zero.start_gather()  # what is not here yet arrives as the next forward asks for it
+        norm = self.engine.update(rate)
         layers = self._settle_load(step, outcomes, batches if count_domains else None)
         losses = self._mean_losses(outcomes, labels)
         return StepResult(
@@ -123,7 +119,7 @@ class Trainer:
     def _mean_losses(self, outcomes: Sequence[Outcome], labels: list[int]) -> list[float]:
         """Global means: next-token loss, mean MTP loss, auxiliary loss summed over layers."""
         num_sums = 2 + self.config.model.num_mtp_layers
-        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.zero.device)
+        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.engine.device)
         share = 1.0 / (len(outcomes) * self.groups.layout.dp)
         has_losses = self.groups.index("tp") == 0  # every rank of a TP group has the same
         for outcome in outcomes:
@@ -167,7 +163,7 @@ class Trainer:
         num_experts, sources = self.config.model.num_experts, self.groups.layout.ep
         num_domains = self._num_domains if batches else 0
         table = torch.zeros(
-            len(names), 1 + sources + num_domains, num_experts, dtype=torch.int64, device=self.zero.device
+            len(names), 1 + sources + num_domains, num_experts, dtype=torch.int64, device=self.engine.device
         )
         for microbatch, outcome in enumerate(outcomes):
             for name, load in outcome.loads.items():
@@ -187,7 +183,7 @@ def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: to
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     part = split(config.model.num_layers, groups.layout.pp)[groups.index("pp")]
     model = Transformer(config.model, config.balance, groups, dtype, settings.seed, part)
-    return Trainer(model.to(device), config, groups, num_domains)
+    return Trainer(model, config, groups, num_domains, device)
 
 
 def read_batches(loader: Loader, config: RunConfig, groups: Groups, first: int) -> list[Batch]:

@@ -15,7 +15,6 @@ from parallel.groups import Groups
 from parallel.shards import is_cut, is_expert
 from parallel.zero import ParameterSet
 
-
 _ORDER = ("embedding", "layers", "head", "mtp")
 
 

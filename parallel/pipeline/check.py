@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from parallel.errors import UserError
-from parallel.pipeline.action import Action, Schedule
+from parallel.pipeline.action import Action, Kind, Schedule
 from parallel.pipeline.transfers import Channel, messages
 
 
@@ -52,11 +52,10 @@ def _pairs(schedule: Schedule) -> Iterator[str]:
 def _each_once(schedule: Schedule) -> Iterator[str]:
     ranks = range(schedule.num_ranks)
     runs = Counter(action for rank in ranks for action in schedule.actions(rank))
-    kinds = ("F", "B") if any(action.kind == "B" for action in runs) else ("F",)
-    for kind, microbatch, stage in product(
-        kinds, range(schedule.num_microbatches), range(schedule.num_stages)
-    ):
-        action = Action(kind, microbatch, stage)  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("F", "B") if any(action.kind == "B" for action in runs) else ("F",)
+    microbatches, stages = range(schedule.num_microbatches), range(schedule.num_stages)
+    for kind, microbatch, stage in product(kinds, microbatches, stages):
+        action = Action(kind, microbatch, stage)
         if runs[action] != 1:
             holders = [str(rank) for rank in ranks if stage in schedule.stages[rank]]
             yield (
@@ -107,7 +106,7 @@ def _progress(schedule: Schedule) -> Iterator[str]:
     for rank, slots in enumerate(schedule.slots):
         if position[rank] < len(slots):
             action, source = _missing(schedule, rank, position[rank], done)[0]
-            yield f"rank {rank} waits for ever to run {action}, but a rank must be able to make {source} first"
+            yield f"rank {rank} waits for ever to run {action}, but what it needs, {source}, must come first"
 
 
 def _missing(schedule: Schedule, rank: int, index: int, done: set[Action]) -> list[tuple[Action, Action]]:

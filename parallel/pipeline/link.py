@@ -1,12 +1,13 @@
-"""Results on their way between the ranks of a pipeline: the channels, and what is in them.
+"""Results on their way between the ranks of a pipeline: its channels, and what is in them.
 
-Why this cannot deadlock: every channel (transfers.py) is a process group of its own. On NCCL the
-operations of one group run one after the other in the order of their issue, on both sides, so a receive
-that is put up early would hold back a send behind it; but here one side only sends, the other only
-receives, and both in the same order (`check` proves it). By induction each message is delivered as soon
-as it is sent and its receive is up. Nobody waits for a send before the end, and a receive is up before it is waited
-for; so a rank stands still only where a result is not made yet, and `check` proves that this ends. On
-gloo the operations are free of each other and the same holds.
+Why nobody waits for ever: every channel (transfers.py) is a process group of its own. On NCCL the
+operations of one group between two ranks run in the order of their issue on both sides, so that in one
+group for all traffic a receive put up early would hold back the send behind it, here and there at once.
+In a channel one side only sends and the other only receives, both in the same order (`check` proves it):
+a message moves as soon as it is sent and its receive is up, whatever other channels do. No rank waits
+for a send before its last slot, and every receive is up before it is waited for. So a rank stands
+still only for a result that is not made yet, and `check` proves that this ends. Gloo orders less and
+needs no more.
 """
 
 from collections.abc import Mapping
@@ -45,9 +46,7 @@ def connect(schedule: Schedule, group: Group, device: torch.device) -> Link:
     Collective: every rank of the world must call. Raises UserError where the schedule breaks a rule.
     """
     check(schedule)
-    assert group_size(group) == schedule.num_ranks, (
-        f"{schedule.num_ranks} ranks, but {group_size(group)} in group"
-    )
+    assert group_size(group) == schedule.num_ranks, "a schedule for another group"
     if group is None:
         return Link(0, {})
     mine = torch.tensor(dist.get_process_group_ranks(group), device=device)
@@ -66,7 +65,7 @@ def connect(schedule: Schedule, group: Group, device: torch.device) -> Link:
 
 
 def _open(link: Link, device: torch.device) -> None:
-    """Send one number through every channel: NCCL sets a channel up at first use and both ends wait for it."""
+    """Send a number through every channel: NCCL opens one at first use, and there both ends wait."""
     number = torch.zeros(1, device=device)
     for channel in sorted(link.groups):  # in the same order everywhere
         group = link.groups[channel]

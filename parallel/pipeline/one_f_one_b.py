@@ -1,10 +1,10 @@
-"""1F1B (PipeDream-Flush, arXiv 2006.09503): run some forwards ahead, then one forward, one backward. No torch.
+"""1F1B (PipeDream-Flush, arXiv 2006.09503): some forwards ahead, then one forward, one backward. No torch.
 
 Rank r of P runs P - 1 - r forwards ahead and never holds more than P - r microbatches. With `overlap`
 the forward and the backward of the steady state are a pair, stepped in turn to hide each other's
-all-to-all. A pair begins with a result from either side and hands on two: for its neighbours to work
-meanwhile it runs 2 (P - 1 - r) + 1 forwards ahead and holds up to 2 (P - r) microbatches. On one rank
-these are F0, F1&B0, F2&B1, ...: microbatches overlap without any pipeline.
+all-to-all. A pair needs a result from either side before it begins: for both neighbours to compute
+meanwhile, rank r runs 2 (P - 1 - r) + 1 forwards ahead, and holds up to 2 (P - r) microbatches. On one
+rank that is F0, F1&B0, F2&B1, ...: microbatches overlap without any pipeline.
 """
 
 from parallel.pipeline.action import Schedule, one_stage_each

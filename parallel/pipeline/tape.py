@@ -48,7 +48,7 @@ class Recorder(Protocol):
     """What a layer's phases are written against: a `Tape` or `Direct`."""
 
     def unit(self, name: str) -> None:
-        """A unit of the model begins here. Once per unit: what comes later belongs to it or the next."""
+        """A unit of the model begins here: said once for each, before anything reads its parameters."""
         ...
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -203,9 +203,9 @@ class Tape:
         """The last record whose outputs have all their gradient; a unit's, when all behind it is done."""
         awaited = {id(leaf) for _, leaf, _ in in_flight}
         behind = max((number for number, _, _ in in_flight), default=-1)
-        last = next(reversed(self._records))
         for number, record in reversed(self._records.items()):
-            if isinstance(record, _Unit) and (number < last or number < behind):
+            # A later record that is left waits, by way of its readers, for an exchange behind this one.
+            if isinstance(record, _Unit) and number < behind:
                 continue
             if all(not readers[id(leaf)] and id(leaf) not in awaited for leaf in record.outputs):
                 return number

@@ -111,7 +111,7 @@ def test_pieces_of_all_ranks_tile_the_canonical_tensors(count: int) -> None:
 
 
 def test_a_part_computes_what_its_place_says() -> None:
-    """Filled from canonical tensors, the parts of SwiGLU's first product are gate and up of the same units."""
+    """Filled from canonical tensors, the parts of SwiGLU's first product are the same units' gate and up."""
     module = Cutting(1, 2)
     with torch.no_grad():
         for piece in parameter_pieces(module):

@@ -1,4 +1,4 @@
-"""The vocabulary cut over ranks: the whole embedding's rows, the whole logits' cross entropy and gradients."""
+"""The vocabulary cut over ranks: the whole embedding's rows, the whole logits' losses and gradients."""
 
 from typing import NamedTuple
 

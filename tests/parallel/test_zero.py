@@ -6,6 +6,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.linear import GroupedLinear, Linear
+from parallel.zero import ParameterSet, Zero, runs
 from tests.parallel.replicas import (
     SPECS,
     UNITS,
@@ -21,10 +25,6 @@ from tests.parallel.replicas import (
     start,
     travelling,
 )
-from torch import Tensor, nn
-
-from parallel.linear import GroupedLinear, Linear
-from parallel.zero import ParameterSet, Zero, runs
 from tests.ranks import run_ranks
 
 
@@ -94,6 +94,7 @@ def weights(rank: int, world_size: int, dtype: torch.dtype) -> list[Flat]:
     _, zero = build(rank, world_size, dtype)
     assert all((s.master is s.weight) == (s.parameter.dtype == torch.float32) for s in zero.segments())
     assert all(s.weight.dtype == s.parameter.dtype for s in zero.segments())
+    dist.barrier()  # nobody leaves while others still connect
     return travelling(owned(zero, "weight"))
 
 
@@ -238,6 +239,15 @@ def test_gradients_added_while_summed_are_noticed() -> None:
         zero.finish_reduce()
 
 
+def test_weights_that_no_forward_waited_for_arrive_before_they_move() -> None:
+    zero = alone(Model())
+    for _ in range(2):
+        zero.start_gather()
+        with pytest.raises(AssertionError, match="on their way already"):
+            zero.start_gather()
+        zero.finish_reduce()
+
+
 def test_frozen_parameters_are_left_alone() -> None:
     model = Model()
     frozen, memory = model.dense.weight, model.dense.weight.data_ptr()
@@ -288,6 +298,7 @@ def storages(rank: int, world_size: int) -> int:
     parameter = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
     replicas = dist.group.WORLD if world_size > 1 else None
     zero = Zero([("all", [ParameterSet((("weight", parameter),), replicas)])], replicas)
+    dist.barrier()
     return sum(segment.master.untyped_storage().nbytes() for segment in zero.segments())
 
 

@@ -128,8 +128,9 @@ def test_document_mask_is_causal_and_leaves_no_query_blind() -> None:
             assert seen == [t for t in range(s + 1) if DOCUMENTS[b, t] == DOCUMENTS[b, s]]
 
 
-def test_gradients_equal_the_naive_loop() -> None:
-    layer, hidden = build(replace(CONFIG, q_lora_rank=5))
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
+def test_gradients_equal_the_naive_loop(q_lora_rank: int | None) -> None:
+    layer, hidden = build(replace(CONFIG, q_lora_rank=q_lora_rank))
     inputs = (hidden.requires_grad_(), *layer.parameters())
     upstream = torch.randn_like(hidden)
     causal = torch.ones(2, 8, 8, dtype=torch.bool).tril()
@@ -178,7 +179,16 @@ class Telling(Tape):
     def exchange(self, rows: Tensor, splits: Splits) -> Arrival:
         self.log.append("send")
         self.sent.append(tuple(rows.shape))
-        return super().exchange(rows, splits)
+        return TellingArrival(super().exchange(rows, splits), self.log)
+
+
+class TellingArrival(NamedTuple):
+    arrival: Arrival
+    log: list[str]
+
+    def wait(self) -> Tensor:
+        self.log.append("wait")
+        return self.arrival.wait()
 
 
 class Stretch(NamedTuple):
@@ -256,7 +266,7 @@ def test_cut_attention_is_the_same_attention(layout: Layout) -> None:
 def test_attention_works_while_latents_travel_and_only_they_do() -> None:
     """Every send is under way before a part of the attention and waited for after it; no key, no value."""
     config = VARIANTS[0].config
-    turn = ["send", "compute", "yield"]
+    turn = ["send", "compute", "yield", "wait"]
     rows = 2 * LENGTH // 4, config.kv_lora_rank + config.qk_rope_head_dim
     for stretch in (stretches[0] for stretches in run_ranks(4, cut_variants, Layout(cp=4))):
         assert stretch.log == ["compute", *turn * 3, "compute", "compute"]

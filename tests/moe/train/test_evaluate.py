@@ -26,7 +26,7 @@ def evaluated(trainer: Trainer) -> dict[str, float]:
     loader = Loader(corpus.validation, sequence_length=32, seed=1, mask_documents=False)
     assert loader.sequences_per_epoch > NUM_SEQUENCES
     found = evaluate(
-        trainer.runner,
+        trainer.engine,
         loader,
         corpus.domains,
         num_sequences=NUM_SEQUENCES,
@@ -40,7 +40,7 @@ def evaluated(trainer: Trainer) -> dict[str, float]:
 
 def on_ranks(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, float], list[int]]:
     trainer, _ = steps(config, world_size, rank, 0)
-    return evaluated(trainer), sample(trainer.runner, [5, 6], 6, context=4, seed=9)
+    return evaluated(trainer), sample(trainer.engine, [5, 6], 6, context=4, seed=9)
 
 
 def test_equals_a_plain_mean(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_ranks_agree(tmp_path: Path, layout: LayoutConfig) -> None:
     """Validation losses, and a continued prompt shorter than any multiple that ranks need."""
     config = small_run(tmp_path)
     alone, _ = steps(config, 1, 0, 0)
-    text = sample(alone.runner, [5, 6], 6, context=4, seed=9)
+    text = sample(alone.engine, [5, 6], 6, context=4, seed=9)
     expected = evaluated(alone)
     assert len(text) == 8 and text[:2] == [5, 6]
     for losses, sampled in run_ranks(4, on_ranks, replace(config, layout=layout)):

@@ -1,11 +1,21 @@
 """Learning-rate schedules at their corners, and AdamW on owned shards against torch's on whole tensors."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from moe.config import OptimConfig
+from moe.train import optim
+from moe.train.adam import fused_adam
+from moe.train.optim import Optimizer, learning_rate
+from parallel.errors import UserError
+from parallel.zero import ParameterSet, Zero
 from tests.parallel.replicas import (
     SPECS,
     Flat,
@@ -19,14 +29,6 @@ from tests.parallel.replicas import (
     start,
     travelling,
 )
-from torch import Tensor, nn
-
-from moe.config import OptimConfig
-from moe.train import optim
-from moe.train.adam import fused_adam
-from moe.train.optim import Optimizer, learning_rate
-from parallel.errors import UserError
-from parallel.zero import ParameterSet, Zero
 from tests.ranks import run_ranks
 
 RATE = 0.01
@@ -68,13 +70,11 @@ def train(
         for piece in held:
             piece.tensor.copy_(saved[piece.name][piece.place])
         optimizer.set_steps(steps.start)
-        zero.start_gather()
     for step in steps:
         zero.clear()
         add_gradients(parameters, rank, world_size, step)
         zero.finish_reduce()
         optimizer.step(RATE)
-        zero.arrive_all()
         zero.start_gather()
     zero.arrive_all()
     return travelling(held)
@@ -158,6 +158,7 @@ def bytes_of_state(rank: int, world_size: int, moments: str) -> tuple[int, int]:
     world = torch.distributed.group.WORLD if world_size > 1 else None
     zero = Zero([("all", [ParameterSet((("weight", parameter),), world)])], world)
     state = list(Optimizer(zero.segments(), replace(CONFIG, moments=moments)).state())  # type: ignore[arg-type]
+    torch.distributed.barrier()  # nobody leaves while others still connect
     allocated = {p.tensor.untyped_storage().data_ptr(): p.tensor.untyped_storage().nbytes() for p in state}
     return sum(allocated.values()), sum(piece.tensor.nbytes for piece in state)
 
@@ -169,8 +170,19 @@ def test_every_replica_keeps_its_share_of_the_state(moments: str, each: int) -> 
 
 
 def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def recorded(fused: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+        def make(masters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+            sizes.append(sum(master.numel() for master in masters))
+            return fused_adam(fused, device)(masters, **settings)
+
+        return make
+
     monkeypatch.setattr(optim, "_CHUNK", 300)
+    monkeypatch.setattr(optim, "fused_adam", recorded)
     found = assembled([train(0, 1, CONFIG, torch.float32, range(3), {})])
+    assert sizes == [6, 221, 264, 300, 120 + 45]
     assert_equal(found, reference(3, "fp32", torch.float32))
 
 
@@ -225,7 +237,7 @@ def test_other_kernels_count_steps_and_keep_moments_where_the_checkpoint_finds_t
             "cpu",
             "`optim.fused` must be torch where there is no GPU, but is te: set `optim.fused=torch`",
         ),
-        ("apex", "cuda", "is apex, which cannot be imported .*: install NVIDIA apex .* or set"),
+        ("apex", "cuda", "is apex, which cannot be imported .*amp_C.*: install NVIDIA apex .* or set"),
         ("te", "cuda", "is te, which cannot be imported .*: install transformer-engine.* or set"),
     ],
 )

@@ -33,7 +33,7 @@ def steps_from(trainer: Trainer, first: int, count: int) -> list[StepResult]:
     for step in range(first, first + count):
         batches = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
         results.append(trainer.step(step, batches, count_domains=True))
-    trainer.zero.arrive_all()
+    list(trainer.engine.owned())  # waits for what is on its way
     return results
 
 
@@ -160,11 +160,11 @@ def test_bf16_keeps_fp32_masters(config: RunConfig) -> None:
         train=replace(config.train, precision="bf16"),
     )
     trainer, _ = steps(config, 1, 0, 0)
-    before = {p.name: p.tensor.clone() for p in trainer.optimizer.state() if p.name.startswith("master/")}
+    before = {p.name: p.tensor.clone() for p in trainer.engine.owned() if p.name.startswith("master/")}
     corpus = prepare(config.data, config.model.vocab_size)
     loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
     trainer.step(0, [loader.batch(0, 8)], count_domains=False)
-    after = {piece.name: piece.tensor for piece in trainer.optimizer.state()}
+    after = {piece.name: piece.tensor for piece in trainer.engine.owned()}
     assert before and all(tensor.dtype == torch.float32 for tensor in before.values())
     moved = [not torch.equal(before[name], after[name]) for name in before]
     assert sum(moved) > 0.9 * len(moved)

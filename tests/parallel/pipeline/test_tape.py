@@ -1,7 +1,7 @@
 """The tape: equal to plain autograd to the bit, recomputation too, and exchanges that are always made."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_recomputation_runs_a_phase_twice_and_holds_no_graph() -> None:
     for recompute in (False, True):
         tape = Tape(recompute=recompute)
         tape.root(tape.compute(lambda rows: (rows * weight).sum(), torch.ones(2)), 1.0)
-        (record,) = tape._records
+        (record,) = tape._records.values()
         assert isinstance(record, _Compute)
         assert (record.results is None) == recompute
 
@@ -192,3 +192,82 @@ def test_frozen_rows_make_no_backward_exchange(monkeypatch: pytest.MonkeyPatch) 
     assert not tape.exchange(torch.ones(2), Splits((2,), (2,), None)).wait().requires_grad
     run(tape.backward())
     assert len(started) == 1
+
+
+def test_a_backward_may_begin_anywhere_with_a_gradient() -> None:
+    """As on the last output of a pipeline's stage; the input's gradient is the leaf's."""
+    hidden, weight, seed = torch.randn(2, 3, requires_grad=True), torch.randn(3, 3), torch.randn(2, 3)
+    expected = torch.autograd.grad((hidden @ weight).tanh(), hidden, seed)[0]
+    for recompute in (False, True):
+        tape, hidden.grad = Tape(recompute=recompute), None
+        tape.root(tape.compute(lambda rows: (rows @ weight).tanh(), hidden), seed.clone())
+        run(tape.backward())
+        assert hidden.grad is not None and torch.equal(hidden.grad, expected)
+
+
+def test_a_value_that_is_two_roots_has_both_gradients() -> None:
+    tape, weight = Tape(), nn.Parameter(torch.ones(()))
+    value = tape.compute(lambda: weight * 3)
+    tape.root(value, 0.5)
+    tape.root(value, torch.ones(()))
+    run(tape.backward())
+    assert weight.grad is not None and weight.grad.item() == 4.5
+
+
+class LoggedWire(NamedTuple):
+    wire: Wire
+    name: str
+    log: list[str]
+
+    def wait(self) -> Tensor:
+        self.log.append(f"wait {self.name}")
+        return self.wire.wait()
+
+
+def test_units_are_left_when_all_behind_them_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit b's own exchange holds it back; one that was recorded before it does not."""
+    log: list[str] = []
+    alone = Splits((2,), (2,), None)
+    tape = Tape(
+        on_enter=lambda name: log.append(f"enter {name}"), on_leave=lambda name: log.append(f"leave {name}")
+    )
+    first, second = (torch.ones(2, requires_grad=True) for _ in range(2))
+    tape.unit("a")
+    unused = tape.exchange(first, alone).wait()
+    assert unused.requires_grad
+    tape.unit("b")
+    log.append("exchange")
+    tape.root(tape.compute(torch.sum, tape.exchange(second, alone).wait()), 1.0)
+    assert log == ["enter a", "enter b", "exchange"]
+
+    log.clear()
+    names = iter(["in b", "before b"])
+    monkeypatch.setattr(
+        "parallel.pipeline.tape.start_all_to_all",
+        lambda rows, splits: LoggedWire(start_all_to_all(rows, splits), next(names), log),
+    )
+    for _ in tape.backward():
+        log.append("yield")
+    assert log == ["yield", "wait in b", "leave b", "yield", "wait before b", "leave a"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_unit_is_left_with_its_gradients_whole(recompute: bool) -> None:
+    weights = {name: nn.Parameter(torch.ones(2)) for name in "abc"}
+    found: dict[str, Tensor | None] = {}
+    tape = Tape(recompute=recompute, on_leave=lambda name: found.update({name: weights[name].grad}))
+    rows = torch.ones(2)
+    for name, weight in weights.items():
+        tape.unit(name)
+        rows = tape.compute(torch.mul, rows, tape.compute(lambda value: value * 2, weight))
+    tape.root(rows, torch.ones(2))
+    run(tape.backward())
+    assert list(found) == ["c", "b", "a"]
+    assert all(gradient is not None and gradient.tolist() == [8.0, 8.0] for gradient in found.values())
+
+
+def test_direct_tells_of_units_too() -> None:
+    entered: list[str] = []
+    Direct(entered.append).unit("a")
+    Direct().unit("b")
+    assert entered == ["a"]

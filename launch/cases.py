@@ -1,0 +1,142 @@
+"""The cases that `switchyard verify` proves: a layout, how its schedule runs, and recomputation. No torch.
+
+Every layout of a number of ranks meets every schedule that it can run; recomputation alternates from
+case to case, so that each schedule meets it on every axis without doubling the work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moe.config import LayoutConfig, RunConfig
+from moe.rules import validate
+from parallel.errors import UserError
+from parallel.layout import Layout, divisors
+
+Recompute = Literal["none", "full"]
+RECOMPUTE: tuple[Recompute, Recompute] = ("none", "full")
+SCHEDULES: dict[bool, tuple[tuple[Literal["1f1b", "gpipe"], bool], ...]] = {
+    False: (("1f1b", True), ("1f1b", False)),  # one stage: only `layout.overlap` makes a difference
+    True: (("1f1b", True), ("1f1b", False), ("gpipe", False)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What differs from case to case; `layout.dp` is a number."""
+
+    layout: LayoutConfig
+    recompute: Recompute
+
+    @property
+    def degrees(self) -> Layout:
+        """The layout without how it is scheduled."""
+        config = self.layout
+        assert config.dp is not None
+        return Layout(tp=config.tp, cp=config.cp, dp=config.dp, pp=config.pp, ep=config.ep, etp=config.etp)
+
+    @property
+    def parts(self) -> int:
+        """Microbatches of the global batch, which one rank must cut alike."""
+        return self.degrees.dp * self.layout.microbatches
+
+    @property
+    def schedule(self) -> str:
+        """The order of the work, as in ``1f1b overlap``; without stages ``overlap`` or ``serial``."""
+        if self.layout.pp == 1:
+            return "overlap" if self.layout.overlap else "serial"
+        return f"{self.layout.schedule} overlap" if self.layout.overlap else self.layout.schedule
+
+    def describe(self) -> str:
+        """The case in words."""
+        return f"{self.degrees.describe()}, {self.schedule}, recompute {self.recompute}"
+
+    def config(self, base: RunConfig) -> RunConfig:
+        """A run's settings with this layout and recomputation."""
+        return replace(base, layout=self.layout, train=replace(base.train, recompute=self.recompute))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be proven, as one process decides it and every rank reads it."""
+
+    config: RunConfig
+    cases: tuple[Case, ...]
+    ranks: int
+    steps: int
+    notes: tuple[str, ...]  # to be printed first
+    json: str | None  # a file
+
+
+def single(config: RunConfig, world_size: int | None) -> Case:
+    """The recipe's own layout; `world_size` None starts the fewest ranks that hold it."""
+    layout = validate(config, world_size)
+    if not _drops_alike(config, layout):
+        raise UserError(
+            "`model.capacity_factor` must be null where `layout.tp` or `layout.cp` cut sequences, but is "
+            f"{config.model.capacity_factor}: set it to null, since no such layout can equal one rank where "
+            "each rank drops from the tokens it holds"
+        )
+    return Case(layout=replace(config.layout, dp=layout.dp), recompute=config.train.recompute)
+
+
+def sweep(config: RunConfig, world_size: int, *, full: bool) -> tuple[list[Case], dict[str, int]]:
+    """Cases of every layout that takes exactly this many ranks, and how many were left out and why.
+
+    `full`: every schedule with and without recomputation. Microbatches are lowered where the batch
+    asks for it.
+    """
+    validate(replace(config, layout=LayoutConfig()))  # what fails here is no matter of the layout
+    cases: list[Case] = []
+    left_out = {
+        "what does not divide this model, its sequences or its batch": 0,
+        "tp or cp under `model.capacity_factor`, where what is dropped depends on who holds which token": 0,
+    }
+    indivisible, dropping = left_out
+    number = 0
+    for layout in layouts(world_size):
+        fitted = _fit(config, layout)
+        if fitted is None:
+            left_out[indivisible] += 1
+        elif not _drops_alike(config, layout):
+            left_out[dropping] += 1
+        else:
+            cases += _cases(fitted, number, full)
+            number += 1
+    return cases, {reason: count for reason, count in left_out.items() if count}
+
+
+def layouts(world_size: int) -> Iterator[Layout]:
+    """Every layout of exactly this many ranks."""
+    for tp in divisors(world_size):
+        for cp in divisors(world_size // tp):
+            for pp in divisors(world_size // (tp * cp)):
+                stage = world_size // pp
+                for etp in divisors(stage):
+                    for ep in divisors(stage // etp):
+                        yield Layout(tp=tp, cp=cp, dp=stage // (tp * cp), pp=pp, ep=ep, etp=etp)
+
+
+def _cases(layout: LayoutConfig, number: int, full: bool) -> Iterator[Case]:
+    for index, (schedule, overlap) in enumerate(SCHEDULES[layout.pp > 1]):
+        for recompute in RECOMPUTE if full else (RECOMPUTE[(number + index) % 2],):
+            scheduled = replace(layout, schedule=schedule, overlap=overlap)
+            yield Case(layout=scheduled, recompute=recompute)
+
+
+def _fit(config: RunConfig, layout: Layout) -> LayoutConfig | None:
+    """A layout with as many microbatches as the recipe's batch allows, at most the recipe's; or None."""
+    share, left = divmod(config.train.batch_size, layout.dp)
+    if left or not share:
+        return None
+    most = max(count for count in divisors(share) if count <= config.layout.microbatches)
+    fitted = LayoutConfig(**vars(layout), microbatches=most)
+    try:
+        validate(replace(config, layout=fitted))
+    except UserError:
+        return None
+    return fitted
+
+
+def _drops_alike(config: RunConfig, layout: Layout) -> bool:
+    return config.model.capacity_factor is None or layout.tp * layout.cp == 1

@@ -1,0 +1,369 @@
+"""The executor on gloo ranks: any schedule gives one rank's losses and gradients, to the bit."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives import Splits
+from parallel.errors import UserError
+from parallel.pipeline import link as link_module
+from parallel.pipeline.action import Schedule, parse
+from parallel.pipeline.executor import execute
+from parallel.pipeline.gpipe import forward_only, gpipe
+from parallel.pipeline.link import Link, connect
+from parallel.pipeline.one_f_one_b import one_f_one_b
+from parallel.pipeline.tape import Direct, Recorder, Steps, Tape
+from parallel.pipeline.transfers import channels
+from tests.parallel.pipeline.toy import (
+    BOUNDARY,
+    CUTS,
+    ToyMicrobatch,
+    ToyStage,
+    toy_microbatches,
+    toy_place,
+    toy_splits,
+    toy_stages,
+)
+from tests.ranks import RankFailure, run_ranks
+
+ALONE = Link(0, {})
+OWN_ROWS = Splits((4,), (4,), None)
+Found = dict[str, Tensor]
+
+
+def gradients(stages: dict[int, ToyStage]) -> Found:
+    found = {name: p.grad for stage in stages.values() for name, p in stage.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    return found
+
+
+def train(schedule: Schedule, stages: dict[int, ToyStage], link: Link, seed: int, **options: Any) -> Found:
+    """Every gradient and every loss that this rank has."""
+    for stage in stages.values():
+        stage.zero_grad()
+    microbatches = toy_microbatches(schedule.num_microbatches, seed)
+    returned = execute(schedule, stages, microbatches, link=link, boundary=BOUNDARY, **options)
+    losses = [value for value in returned if value is not None]
+    return gradients(stages) | {f"loss {i}": loss for i, loss in enumerate(losses)}
+
+
+def cases(num_ranks: int) -> dict[tuple[int, bool, str], Schedule]:
+    """By (microbatches, recompute, name)."""
+    return {
+        (schedule.num_microbatches, recompute, schedule.name): schedule
+        for recompute in (False, True)
+        for microbatches in range(1, 9)
+        for schedule in (
+            gpipe(num_ranks, microbatches),
+            one_f_one_b(num_ranks, microbatches),
+            one_f_one_b(num_ranks, microbatches, overlap=True),
+        )
+    }
+
+
+def train_all(rank: int, world_size: int, num_ranks: int) -> tuple[int, dict[tuple[int, bool, str], Found]]:
+    place = toy_place(rank, world_size, num_ranks)
+    link = connect(gpipe(num_ranks, 1), place.pipeline, torch.device("cpu"))
+    stages = toy_stages(num_ranks, [link.rank], toy_splits(place.experts))
+    results = {
+        case: train(schedule, stages, link, place.column, recompute=case[1])
+        for case, schedule in cases(num_ranks).items()
+    }
+    return place.column, results
+
+
+def serial(rank: int, world_size: int) -> dict[int, Found]:
+    """The whole model on one stage, a microbatch after the other, by the number of microbatches."""
+    place = toy_place(rank, world_size, 1)
+    stages = toy_stages(1, [0], toy_splits(place.experts))
+    return {n: train(one_f_one_b(1, n), stages, ALONE, place.column) for n in range(1, 9)}
+
+
+@pytest.mark.parametrize(("num_ranks", "beside"), [(1, 1), (1, 2), (2, 1), (3, 1), (4, 1), (2, 2)])
+def test_every_schedule_equals_one_rank_to_the_bit(num_ranks: int, beside: int) -> None:
+    expected = run_ranks(beside, serial)
+    results = run_ranks(num_ranks * beside, train_all, num_ranks)
+    for case in cases(num_ranks):
+        for column, whole in enumerate(expected):
+            found: Found = {}
+            for at, by_case in results:
+                found |= by_case[case] if at == column else {}
+            assert found.keys() == whole[case[0]].keys() and len(found) == 9 + case[0]
+            assert not [name for name in found if not torch.equal(found[name], whole[case[0]][name])]
+
+
+def evaluate(rank: int, world_size: int) -> tuple[list[Any], bool]:
+    place = toy_place(rank, world_size, world_size)
+    schedule, entered = forward_only(world_size, 5), []
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stages = toy_stages(world_size, [link.rank], OWN_ROWS)
+    losses = execute(
+        schedule, stages, toy_microbatches(5), link=link, boundary=BOUNDARY, on_enter=entered.append
+    )
+    begin, end = CUTS[world_size][link.rank]
+    assert entered == [str(layer) for layer in range(begin, end)] * 5
+    assert torch.is_grad_enabled()
+    return losses, any(p.grad is not None for p in stages[link.rank].parameters())
+
+
+def test_forwards_alone_are_an_evaluation() -> None:
+    expected = serial_losses(5)
+    results = run_ranks(4, evaluate)
+    assert [losses for losses, _ in results[:-1]] == [[None] * 5] * 3
+    assert torch.equal(torch.stack(results[-1][0]), expected)
+    assert not any(trained for _, trained in results)
+
+
+def serial_losses(number: int) -> Tensor:
+    found = train(one_f_one_b(1, number), toy_stages(1, [0], OWN_ROWS), ALONE, 0)
+    return torch.stack([found[f"loss {i}"] for i in range(number)])
+
+
+def test_an_evaluation_is_recorded_by_nobody() -> None:
+    class Probe:
+        def phases(self, tape: Recorder, microbatch: int, hidden: Tensor | None) -> Steps:
+            assert isinstance(tape, Direct) and not torch.is_grad_enabled()
+            yield
+            return None, microbatch
+
+    schedule = forward_only(1, 3)
+    assert execute(schedule, {0: Probe()}, [7, 8, 9], link=ALONE, boundary=BOUNDARY) == [7, 8, 9]
+    backwards = parse("mine: 3 microbatches\nrank 0, stages 0: F2 F1 F0")
+    assert execute(backwards, {0: Probe()}, [7, 8, 9], link=ALONE, boundary=BOUNDARY) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [(False, [1, 2]), (True, [1, 1, 2, 2])])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_recomputation_reaches_every_tape(overlap: bool, recompute: bool, calls: list[int]) -> None:
+    weight, seen = torch.nn.Parameter(torch.ones(())), []
+
+    class Probe:
+        def phases(self, tape: Recorder, microbatch: int, hidden: Tensor | None) -> Steps:
+            tape.root(tape.compute(lambda: (seen.append(microbatch), weight * microbatch)[1]), 1.0)
+            yield
+            return None, None
+
+    schedule = one_f_one_b(1, 2, overlap=overlap)
+    execute(schedule, {0: Probe()}, [1, 2], link=ALONE, boundary=BOUNDARY, recompute=recompute)
+    assert sorted(seen) == calls
+    assert weight.grad is not None and weight.grad.item() == 3.0
+
+
+# Ranks with several stages, and stages on several ranks.
+
+TURN = """turn: 3 microbatches
+rank 0, stages 0 2: F0@0 F1@0 F0@2 B0@2 F2@0 F1@2&B0@0 B1@2 F2@2&B1@0 B2@2 B2@0
+rank 1, stages 1: F0 F1 B0 F2 B1 B2"""
+BOTH_WAYS = """both ways: 4 microbatches
+rank 0, stages 0 1: F0@0 F1@0 F2@1 F3@1&B2@1 B0@0 B3@1 B1@0
+rank 1, stages 0 1: F2@0 F3@0 F0@1 F1@1&B0@1 B2@0 B1@1 B3@0"""
+V = """v: 2 microbatches
+rank 0, stages 0 3: F0@0 F1@0 F0@3 B0@3 F1@3&B0@0 B1@3 B1@0
+rank 1, stages 1 2: F0@1 F0@2 F1@1 B0@2 B0@1 F1@2 B1@2 B1@1"""
+
+
+def follow(rank: int, world_size: int, text: str, num_stages: int) -> Found:
+    schedule, place = parse(text), toy_place(rank, world_size, world_size)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    return train(schedule, toy_stages(num_stages, schedule.stages[rank], OWN_ROWS), link, 0)
+
+
+@pytest.mark.parametrize(("text", "num_stages"), [(TURN, 3), (V, 4)])
+def test_a_rank_may_hold_several_stages(text: str, num_stages: int) -> None:
+    number = parse(text).num_microbatches
+    expected = train(one_f_one_b(1, number), toy_stages(1, [0], OWN_ROWS), ALONE, 0)
+    first, second = run_ranks(2, follow, text, num_stages)
+    found = first | second
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+def test_a_stage_may_be_held_twice_and_run_both_ways() -> None:
+    expected = train(one_f_one_b(1, 4), toy_stages(1, [0], OWN_ROWS), ALONE, 0)
+    first, second = run_ranks(2, follow, BOTH_WAYS, 2)
+    for name in (name for name in expected if not name.startswith("loss")):
+        torch.testing.assert_close(first[name] + second[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+# Units: what a sharded optimizer hangs its gathers and reductions on.
+
+
+def units(rank: int, world_size: int, overlap: bool) -> list[str]:
+    place = toy_place(rank, world_size, world_size)
+    schedule = one_f_one_b(world_size, 4, overlap=overlap)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stages = toy_stages(world_size, [link.rank], OWN_ROWS)
+    log: list[str] = []
+    at_leaving: Found = {}
+
+    def leave(unit: str) -> None:
+        log.append(f"leave {unit}")
+        for name, parameter in stages[link.rank].layers[unit].named_parameters():
+            at_leaving[f"layers.{unit}.{name}"] = parameter.grad.clone()
+
+    found = train(
+        schedule, stages, link, 0, on_enter=lambda unit: log.append(f"enter {unit}"), on_leave=leave
+    )
+    assert all(torch.equal(at_leaving[name], found[name]) for name in gradients(stages))
+    return log
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_units_are_entered_by_every_forward_and_left_by_the_last_backward(overlap: bool) -> None:
+    first, second = run_ranks(2, units, overlap)
+    assert first == ["enter 0"] * 4 + ["leave 0"]
+    assert second == ["enter 1", "enter 2"] * 4 + ["leave 2", "leave 1"]
+
+
+# Channels opened at once, receives ahead, sends held, failures.
+
+
+def open_channels(rank: int, world_size: int) -> list[tuple[str, int]]:
+    log: list[tuple[str, int]] = []
+    place = toy_place(rank, world_size, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("send", "recv"):
+            original = getattr(dist, name)
+            patch.setattr(
+                dist, name, lambda *a, name=name, do=original, **k: (log.append((name, rank)), do(*a, **k))
+            )
+        link = connect(gpipe(world_size, 1), place.pipeline, torch.device("cpu"))
+    assert sorted(link.groups) == [
+        c for c in channels(gpipe(world_size, 1)) if rank in (c.source, c.destination)
+    ]
+    assert len(set(link.groups.values())) == len(link.groups)
+    return log
+
+
+def test_every_channel_is_open_before_the_first_result() -> None:
+    """NCCL opens a channel at first use, where both ends wait: a receive put up early would stop its rank."""
+    first, second, third = run_ranks(3, open_channels)
+    assert first == [("send", 0), ("recv", 0)] and third == [("recv", 2), ("send", 2)]
+    assert second == [("recv", 1), ("send", 1), ("send", 1), ("recv", 1)]
+
+
+def test_an_unlawful_schedule_is_not_connected() -> None:
+    with pytest.raises(UserError, match="rank 0 runs B0@0, but a B follows"):
+        connect(parse("mine: 1 microbatches\nrank 0, stages 0: B0 F0"), None, torch.device("cpu"))
+
+
+class Indifferent:
+    """A last stage whose loss does not depend on what it is given."""
+
+    def phases(self, tape: Recorder, microbatch: ToyMicrobatch, hidden: Tensor | None) -> Steps:
+        yield
+        return None, None
+
+
+def ignore(rank: int, world_size: int) -> list[float]:
+    place, schedule = toy_place(rank, world_size, world_size), one_f_one_b(world_size, 3)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stage: Any = Indifferent() if rank == 1 else toy_stages(world_size, [rank], OWN_ROWS)[rank]
+    execute(schedule, {rank: stage}, toy_microbatches(3), link=link, boundary=BOUNDARY)
+    return [float(p.grad.abs().sum()) for p in stage.parameters()] if rank == 0 else []
+
+
+def test_hidden_states_that_nothing_depends_on_have_zero_gradient() -> None:
+    assert run_ranks(2, ignore)[0] == [0.0] * 3
+
+
+def listen(rank: int, world_size: int) -> list[str]:
+    log: list[str] = []
+    place, schedule = toy_place(rank, world_size, world_size), one_f_one_b(world_size, 3)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stages = toy_stages(world_size, [link.rank], OWN_ROWS)
+
+    def logged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (log.append(name), function(*args, **kwargs))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "irecv", logged("receive", dist.irecv))
+        patch.setattr(dist, "isend", logged("send", dist.isend))
+        patch.setattr(ToyStage, "phases", logged("F", ToyStage.phases))
+        patch.setattr(Tape, "backward", logged("B", Tape.backward))
+        train(schedule, stages, link, 0)
+    return log
+
+
+def test_receives_are_put_up_before_the_compute_that_precedes_their_use() -> None:
+    first, second = run_ranks(2, listen)
+    assert " ".join(first) == "F send receive F send B receive F send receive B B"
+    assert " ".join(second) == "receive F receive B send F receive B send F B send"
+
+
+def test_sent_results_are_let_go_when_they_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NCCL a send can be asked whether it is done; gloo says so only to who waits."""
+    sent: list[Callable[[], Tensor | None]] = []
+    held: list[int] = []
+    waited: list[bool] = []
+
+    class Done:
+        def is_completed(self) -> bool:
+            return True
+
+        def wait(self) -> None:
+            waited.append(True)
+
+    def isend(value: Tensor, **_: Any) -> Done:
+        assert value.is_contiguous()
+        gc.collect()
+        held.append(sum(reference() is not None for reference in sent))
+        sent.append(weakref.ref(value))
+        return Done()
+
+    class Source:
+        def phases(self, tape: Recorder, microbatch: ToyMicrobatch, hidden: Tensor | None) -> Steps:
+            yield
+            return torch.empty(BOUNDARY.shape[::-1]).t(), None
+
+    monkeypatch.setattr(link_module.dist, "isend", isend)
+    monkeypatch.setattr(link_module, "_other_end", lambda group: 1)
+    schedule = forward_only(2, 5)
+    link = Link(0, dict.fromkeys(channels(schedule)))  # type: ignore[arg-type]
+    execute(schedule, {0: Source()}, toy_microbatches(5), link=link, boundary=BOUNDARY)
+    assert held == [0, 1, 1, 1, 1]
+    assert waited == [True]  # the last one, at the end
+
+
+class Faulty:
+    """A stage that fails in its second microbatch."""
+
+    def __init__(self, stage: ToyStage) -> None:
+        self.stage, self.calls = stage, 0
+
+    def phases(self, tape: Recorder, microbatch: ToyMicrobatch, hidden: Tensor | None) -> Steps:
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyError("from inside the stage")
+        return (yield from self.stage.phases(tape, microbatch, hidden))
+
+
+def fail(rank: int, world_size: int, faulty: int) -> None:
+    place, schedule = toy_place(rank, world_size, world_size), one_f_one_b(world_size, 4, overlap=True)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stages: dict[int, Any] = dict(toy_stages(world_size, [rank], OWN_ROWS))
+    if rank == faulty:
+        stages = {rank: Faulty(stages[rank])}
+    execute(schedule, stages, toy_microbatches(4), link=link, boundary=BOUNDARY)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_what_a_stage_raises_is_raised(faulty: int) -> None:
+    with pytest.raises(RankFailure, match="KeyError: 'from inside the stage'"):
+        run_ranks(2, fail, faulty, timeout=20)
+
+
+def test_hidden_states_must_fit_the_boundary() -> None:
+    class Wide:
+        def phases(self, tape: Recorder, microbatch: ToyMicrobatch, hidden: Tensor | None) -> Steps:
+            yield
+            return torch.zeros(4, 7), None
+
+    with pytest.raises(AssertionError, match=r"F0@0 made \(4, 7\) of torch.float32, but the boundary is"):
+        execute(forward_only(2, 1), {0: Wide()}, toy_microbatches(1), link=ALONE, boundary=BOUNDARY)

@@ -11,23 +11,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Group
+from moe.train.units import replicas
 from parallel.groups import Groups
-from parallel.shards import Piece, is_cut, is_expert, pieces
+from parallel.shards import Piece, pieces
 from parallel.zero import ParameterSet, Zero
 
 
 def buffers(module: nn.Module, groups: Groups) -> Zero:
     """Give every parameter its place; the marks of shards.py say which ranks hold its copies."""
-    kinds: tuple[tuple[Group, list[tuple[str, nn.Parameter]]], ...] = (
-        (groups.expert_dp, []),
-        (groups.dp_cp, []),
-        (groups.tp_dp_cp, []),
-    )
-    for name, parameter in module.named_parameters():
-        kind = 0 if is_expert(parameter) else 1 if is_cut(parameter) else 2
-        kinds[kind][1].append((name, parameter))
-    return Zero([("all", [ParameterSet(tuple(named), replicas) for replicas, named in kinds])], groups.world)
+    sets = [
+        ParameterSet(((name, parameter),), replicas(parameter, groups))
+        for name, parameter in module.named_parameters()
+    ]
+    return Zero([("all", sets)], groups.world)
 
 
 def owned_gradients(zero: Zero) -> list[Piece]:

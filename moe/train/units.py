@@ -23,7 +23,7 @@ def parameter_units(model: Transformer, groups: Groups) -> Sequence[tuple[str, S
     units: dict[str, dict[int, tuple[Group, list[tuple[str, nn.Parameter]]]]] = {}
     named = model.named_parameters()
     for name, parameter in sorted(named, key=lambda pair: _ORDER.index(unit_of(pair[0]).split(".")[0])):
-        holders = _replicas(name, parameter, model, groups)
+        holders = _holders(name, parameter, model, groups)
         sets = units.setdefault(unit_of(name), {})
         sets.setdefault(id(holders), (holders, []))[1].append((name, parameter))
     return [
@@ -40,11 +40,16 @@ def unit_of(name: str) -> str:
     return first if first == "embedding" else "head"
 
 
-def _replicas(name: str, parameter: nn.Parameter, model: Transformer, groups: Groups) -> Group:
+def replicas(parameter: nn.Parameter, groups: Groups) -> Group:
+    """The ranks of a stage that hold the same values as this one."""
     if is_expert(parameter):
         return groups.expert_dp
-    config = model.config
-    twice = config.num_mtp_layers or config.tie_embeddings
+    return groups.dp_cp if is_cut(parameter) else groups.tp_dp_cp
+
+
+def _holders(name: str, parameter: nn.Parameter, model: Transformer, groups: Groups) -> Group:
+    """The same over all stages: MTP and a tied head need the embedding on the last one too."""
+    twice = model.config.num_mtp_layers or model.config.tie_embeddings
     if name == "embedding.weight" and groups.pp is not None and twice:
         return groups.embedding
-    return groups.dp_cp if is_cut(parameter) else groups.tp_dp_cp
+    return replicas(parameter, groups)

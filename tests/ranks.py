@@ -156,8 +156,9 @@ def _run(call: Call) -> Any:
     )
     torch.manual_seed(0)
     result = getattr(module, call.function)(call.rank, call.world_size, *args)
-    dist.barrier()  # nobody leaves while another is still connecting
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another is still connecting
+        dist.destroy_process_group()
     return result
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from moe.config import OptimConfig, RunConfig
 from moe.model.transformer import Microbatch, Outcome, Transformer
@@ -149,16 +149,16 @@ class _Roots(Direct):
     """Ordinary autograd that adds up the roots and, where told to, recomputes phases in the backward."""
 
     def __init__(self, recompute: bool) -> None:
+        super().__init__()
         self.total: Any = 0.0
         self._recompute = recompute
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         if not self._recompute:
             return function(*inputs)
-        with set_checkpoint_early_stop(False):  # a module whose forward began must end: ZeRO-3 keeps count
-            return checkpoint(
-                _recomputed_at_once, function, *inputs, use_reentrant=False, preserve_rng_state=False
-            )
+        return checkpoint(
+            _recomputed_at_once, function, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
 
     def root(self, value: Tensor, gradient: float) -> None:
         self.total = self.total + gradient * value

@@ -83,6 +83,11 @@ class Switchyard:
         """Losses or logits of microbatches, without gradients."""
         return self._runner.forward(microbatches)
 
+    def close(self) -> None:
+        """Wait for what is on its way and give connections back: another layout may follow on these ranks."""
+        self.zero.arrive_all()
+        self._runner.close()
+
     def owned(self) -> Iterator[Piece]:
         """Views of the owned shards."""
         self.zero.arrive_all()

@@ -129,7 +129,7 @@ def compare(
             result = _step(trainer, loader, step)
             yield _difference(trainer, result, following.ties, step, folder)
     finally:
-        _own(trainer).zero.arrive_all()
+        _own(trainer).close()
 
 
 def _difference(trainer: Trainer, result: StepResult, ties: int, step: int, folder: Path) -> Difference:

@@ -8,7 +8,7 @@ from parallel.groups import Groups
 from parallel.pipeline.action import Schedule
 from parallel.pipeline.executor import execute
 from parallel.pipeline.gpipe import forward_only, gpipe
-from parallel.pipeline.link import Boundary, connect
+from parallel.pipeline.link import Boundary, connect, disconnect
 from parallel.pipeline.one_f_one_b import one_f_one_b
 from parallel.zero import Zero
 
@@ -46,6 +46,10 @@ class Runner:
             boundary=self._boundary(microbatches[0]),
             on_enter=self._zero.arrive,
         )
+
+    def close(self) -> None:
+        """Give the pipeline's connections back."""
+        disconnect(self._link)
 
     def _boundary(self, microbatch: Microbatch) -> Boundary:
         size, length = microbatch.tokens.shape

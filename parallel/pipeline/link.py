@@ -64,6 +64,12 @@ def connect(schedule: Schedule, group: Group, device: torch.device) -> Link:
     return link
 
 
+def disconnect(link: Link) -> None:
+    """Close the channels. Collective in each pipeline, when nothing is on its way."""
+    for channel in sorted(link.groups):
+        dist.destroy_process_group(link.groups[channel])
+
+
 def _open(link: Link, device: torch.device) -> None:
     """Send a number through every channel: NCCL opens one at first use, and there both ends wait."""
     number = torch.zeros(1, device=device)

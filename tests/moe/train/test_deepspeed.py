@@ -85,7 +85,7 @@ def forget() -> None:
 
 
 def settings(folder: Path, layout: dict[str, int], **train: Any) -> RunConfig:
-    config = small_run(folder, num_mtp_layers=1)
+    config = small_run(folder, num_mtp_layers=1, kv_lora_rank=15)  # odd: shares are padded
     return replace(
         config,
         layout=LayoutConfig(microbatches=2, **layout),
@@ -142,6 +142,31 @@ def test_takes_the_same_steps(
 @installed
 def test_one_rank_needs_no_process_group(tmp_path: Path) -> None:
     assert_same(run_ranks(1, three_steps, settings(tmp_path, {}), 2, True, False))
+
+
+def bytes_saved(rank: int, world_size: int, config: RunConfig) -> int:
+    """What the forward of a step keeps for its backward."""
+    found = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal found
+        found += tensor.nbytes
+        return tensor
+
+    trainer, loader = begin(by_deepspeed(config, 2))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        go_on(trainer, loader, 0, 1)
+    forget()
+    return found
+
+
+@installed
+def test_recomputation_keeps_little(tmp_path: Path) -> None:
+    plain, little = (
+        run_ranks(1, bytes_saved, settings(tmp_path, {}, recompute=recompute))[0]
+        for recompute in ("none", "full")
+    )
+    assert little < plain / 3
 
 
 def exchange(rank: int, world_size: int, config: RunConfig, stage: int, folder: Path) -> list[Facts]:

@@ -86,7 +86,7 @@ COMMANDS = {
     "bench checkpoint": Command(
         target="launch.bench.checkpoint:main",
         usage="bench checkpoint [--every N] [--rounds N] [--json FILE]",
-        does="measure what saving a checkpoint costs training",
+        does="measure what saving a checkpoint costs a run",
         details=(
             "Trains recipe tiny on one rank, in turn without saving, saving in the background, and waiting\n"
             "for each save.\n\n"
@@ -147,7 +147,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _overview(names: Sequence[str]) -> str:
-    rows = "\n".join(f"  {name:<16}{COMMANDS[name].does}" for name in names)
+    rows = "\n".join(f"  {name:<18}{COMMANDS[name].does}" for name in names)
     return f"usage: switchyard COMMAND [ARGUMENTS]\n\n{rows}\n\n`switchyard COMMAND --help` says more."
 
 

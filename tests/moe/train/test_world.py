@@ -1,0 +1,31 @@
+"""Ranks that take one layout after the other."""
+
+import torch
+import torch.distributed as dist
+
+from moe.train.world import groups_of, world
+from parallel.collectives import all_reduce
+from parallel.layout import Layout
+from tests.ranks import run_ranks
+
+
+def in_turn(rank: int, world_size: int) -> list[int]:
+    """How many groups there are after each layout, and the sum over one of its groups."""
+    found = []
+    for layout in (Layout(dp=2, ep=2), Layout(tp=2), Layout(cp=2, etp=2)):
+        with groups_of(layout) as groups:
+            found.append(int(all_reduce(torch.tensor(rank + 1), groups.world)))
+        found.append(len(dist.distributed_c10d._world.pg_map))
+    return found
+
+
+def test_groups_of_a_layout_are_gone_after_it() -> None:
+    assert run_ranks(2, in_turn) == [[3, 1] * 3] * 2
+
+
+def test_one_rank_needs_no_process_group(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world() as device, groups_of(Layout()) as groups:
+        assert not dist.is_initialized()
+        assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert groups.world is None

@@ -20,7 +20,7 @@ from moe.model.stages import split
 from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers, positions_of
 from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
-from moe.train.optim import learning_rate
+from moe.train.optim import DTYPES, learning_rate
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
 
@@ -180,7 +180,7 @@ class Trainer:
 def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
     """This rank's stage with fresh weights, the same under every layout, and what trains it."""
     settings = config.train
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = DTYPES[settings.precision]
     part = split(config.model.num_layers, groups.layout.pp)[groups.index("pp")]
     model = Transformer(config.model, config.balance, groups, dtype, settings.seed, part)
     return Trainer(model, config, groups, num_domains, device)

@@ -1,6 +1,7 @@
 """Running microbatches through this rank's stage: to train by the run's schedule, or forward alone."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from moe.config import LayoutConfig, RunConfig
 from moe.model.transformer import Microbatch, Outcome, Transformer, positions_of
@@ -58,6 +59,7 @@ class Runner:
         return Boundary(shape, self._dtype, self.device)
 
 
+@lru_cache(maxsize=8)
 def make_schedule(layout: LayoutConfig, num_microbatches: int) -> Schedule:
     """The schedule that the settings name."""
     if layout.schedule == "gpipe":

@@ -7,6 +7,7 @@ channel ever waits for another channel.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel.pipeline.action import Action, Kind, Schedule
 
@@ -57,6 +58,7 @@ class Transfers:
     receives: tuple[tuple[Message, ...], ...]
 
 
+@lru_cache(maxsize=8)  # the same few schedules are walked in every step
 def transfers(schedule: Schedule, rank: int) -> Transfers:
     """The sends and receives of one rank."""
     sends: dict[Action, Channel] = {}

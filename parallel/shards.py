@@ -83,19 +83,6 @@ def parameter_pieces(module: nn.Module) -> Iterator[Piece]:
         yield from pieces(name, parameter, parameter.detach().view(-1))
 
 
-def canonical(name: str, parameter: Tensor, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, view) pairs of a tensor shaped like a parameter that is not cut."""
-    for piece in pieces(name, parameter, tensor.reshape(-1)):
-        assert piece.tensor.shape == piece.shape, f"{name} is cut"
-        yield piece.name, piece.tensor
-
-
-def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of a module that is not cut under its canonical names, as views that can be written."""
-    for name, parameter in module.named_parameters():
-        yield from canonical(name, parameter, parameter.detach())
-
-
 @dataclass(frozen=True)
 class _Block:
     """A rectangle of a canonical tensor that lies in one stretch of a parameter's memory."""

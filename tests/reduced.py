@@ -6,11 +6,12 @@ pieces = owned_gradients(zero)         # this rank's rectangles of canonical ten
 gradients = assemble(pieces_of_all)    # each element exactly once
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from moe.config import LayoutConfig
 from moe.train.units import replicas
 from parallel.groups import Groups
 from parallel.shards import Piece, pieces
@@ -54,3 +55,21 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     assert found.shape == expected.shape, what
     error, size = (found - expected).norm().item(), expected.norm().item()
     assert error <= 5e-6 * size, f"{what}: {error} of {size}"
+
+
+def canonical(name: str, parameter: Tensor, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, view) pairs of a tensor shaped like a parameter that is not cut."""
+    for piece in pieces(name, parameter, tensor.reshape(-1)):
+        assert piece.tensor.shape == piece.shape, f"{name} is cut"
+        yield piece.name, piece.tensor
+
+
+def canonical_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of a module that is not cut under its canonical names, as views that can be written."""
+    for name, parameter in module.named_parameters():
+        yield from canonical(name, parameter, parameter.detach())
+
+
+def ranks_of(layout: LayoutConfig) -> int:
+    """How many ranks a layout takes; `dp` None is 1."""
+    return layout.tp * layout.cp * layout.pp * (layout.dp or 1)

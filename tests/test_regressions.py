@@ -23,6 +23,7 @@ from parallel.groups import build_groups, single
 from parallel.saving import Saver
 from parallel.shards import pieces
 from tests.ranks import run_ranks
+from tests.reduced import ranks_of
 from tests.small import small_run
 
 STEPS = 3
@@ -35,10 +36,6 @@ class Facts(NamedTuple):
 
     results: list[StepResult]
     gradients: list[tuple[str, tuple[slice, ...], Tensor]]
-
-
-def world_of(layout: LayoutConfig) -> int:
-    return layout.tp * layout.cp * layout.pp * (layout.dp or 1)
 
 
 def trainer_of(config: RunConfig, world_size: int) -> Trainer:
@@ -77,7 +74,7 @@ def both(config: RunConfig, layout: LayoutConfig, **given: Any) -> tuple[Facts, 
     parts = (layout.dp or 1) * layout.microbatches
     alone = train(0, 1, replace(config, layout=LayoutConfig(microbatches=parts)), **given)
     spread = replace(config, layout=layout)
-    return alone, run_ranks(world_of(layout), _train_with, spread, given)
+    return alone, run_ranks(ranks_of(layout), _train_with, spread, given)
 
 
 def _train_with(rank: int, world_size: int, config: RunConfig, given: dict[str, Any]) -> Facts:
@@ -105,7 +102,7 @@ def test_recomputation_and_accumulation_count_nothing_twice(config: RunConfig, l
     """Class 2.1: counts and auxiliary losses doubled (Megatron #1330, #1478; torchtitan #1593)."""
     recomputed = replace(config, train=replace(config.train, recompute="full"))
     alone, plain = both(config, layout)
-    again = run_ranks(world_of(layout), _train_with, replace(recomputed, layout=layout), {})
+    again = run_ranks(ranks_of(layout), _train_with, replace(recomputed, layout=layout), {})
     for facts in (*plain, *again):
         for found, expected in zip(facts.results, alone.results, strict=True):
             assert found.auxiliary_loss == pytest.approx(expected.auxiliary_loss, rel=1e-5)
@@ -234,7 +231,7 @@ def test_a_checkpoint_holds_every_expert_and_bias(
     config: RunConfig, layout: LayoutConfig, tmp_path: Path
 ) -> None:
     """Class 2.8: one rank's experts saved (KempnerForge #202), ETP is not TP (Megatron #1719), bias lost."""
-    run_ranks(world_of(layout), save, replace(config, layout=layout), tmp_path / "saved")
+    run_ranks(ranks_of(layout), save, replace(config, layout=layout), tmp_path / "saved")
     saved = open_checkpoint(tmp_path / "saved" / "step-1")
     alone = trainer_of(config, 1)
     state.load(alone, saved)

@@ -10,12 +10,11 @@ from parallel.linear import GroupedLinear, Linear
 from parallel.shards import (
     Cut,
     Piece,
-    canonical,
-    canonical_parameters,
     is_expert,
     parameter_pieces,
     pieces,
 )
+from tests.reduced import canonical, canonical_parameters
 
 
 class Experts(nn.Module):

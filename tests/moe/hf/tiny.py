@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moe.hf import names
-from parallel.shards import canonical
+from tests.reduced import canonical
 
 V2_LITE_YARN = {
     "rope_type": "yarn",

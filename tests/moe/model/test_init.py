@@ -7,8 +7,9 @@ from torch import Tensor
 from moe.model.transformer import Transformer
 from parallel.groups import build_groups
 from parallel.layout import Layout
-from parallel.shards import Piece, canonical_parameters, parameter_pieces
+from parallel.shards import Piece, parameter_pieces
 from tests.ranks import run_ranks
+from tests.reduced import canonical_parameters
 from tests.small import SMALL_MODEL
 
 

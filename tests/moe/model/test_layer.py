@@ -19,9 +19,9 @@ from parallel.layout import Layout
 from parallel.pipeline import tape as tape_module
 from parallel.pipeline.tape import Direct, Recorder, Tape, run
 from parallel.sequence import Positions
-from parallel.shards import Piece, canonical
+from parallel.shards import Piece
 from tests.ranks import run_ranks
-from tests.reduced import assemble, assert_same, buffers, owned_gradients
+from tests.reduced import assemble, assert_same, buffers, canonical, owned_gradients
 
 LENGTH = 8
 SIGMOID = ModelConfig(

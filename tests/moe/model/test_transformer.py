@@ -17,9 +17,10 @@ from moe.train.runner import Runner
 from moe.train.units import parameter_units
 from parallel.groups import Groups, build_groups, single
 from parallel.pipeline.tape import Direct, Tape, run
-from parallel.shards import Piece, canonical, pieces
+from parallel.shards import Piece, pieces
 from parallel.zero import Zero
 from tests.ranks import run_ranks
+from tests.reduced import canonical, owned_gradients, ranks_of
 from tests.small import SMALL_MODEL
 
 V3 = replace(
@@ -141,13 +142,7 @@ def train(case: Case, groups: Groups, layout: LayoutConfig, recompute: bool) -> 
     first = groups.index("dp") * local
     microbatches = share_out(global_batch(case), parts)[first : first + local]
     outcomes = Runner(model, config, groups, zero).train(microbatches)
-    zero.finish_reduce()
-    owned = [
-        piece
-        for segment in zero.segments()
-        for piece in pieces(segment.name, segment.parameter, segment.grad, segment.begin)
-    ]
-    return collect(outcomes, owned, zero.norm())
+    return collect(outcomes, owned_gradients(zero), zero.norm())
 
 
 def on_ranks(rank: int, world_size: int, case: Case, layout: LayoutConfig, recompute: bool) -> Result:
@@ -198,10 +193,6 @@ LAYOUTS = [
     (LayoutConfig(dp=2, pp=2, ep=2, microbatches=2, schedule="gpipe"), False),
     (LayoutConfig(pp=4, microbatches=2), False),  # fewer microbatches than stages; the last has no layer
 ]
-
-
-def ranks_of(layout: LayoutConfig) -> int:
-    return layout.tp * layout.cp * layout.pp * (layout.dp or 1)
 
 
 @pytest.mark.parametrize(("layout", "recompute"), LAYOUTS, ids=str)

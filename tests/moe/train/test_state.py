@@ -15,6 +15,7 @@ from parallel.errors import UserError
 from parallel.saving import Saver
 from tests.moe.train.test_step import steps, steps_from
 from tests.ranks import run_ranks
+from tests.reduced import ranks_of
 from tests.small import small_run
 
 TP_PP_EP = LayoutConfig(tp=2, pp=2, ep=2, microbatches=2)
@@ -46,8 +47,7 @@ def train_on_ranks(rank: int, world_size: int, config: RunConfig, folder: Path, 
 
 def on_layout(name: str, config: RunConfig, folder: Path, begin: int) -> list[float]:
     config = replace(config, layout=LAYOUTS[name])
-    layout = config.layout
-    world_size = layout.tp * layout.cp * layout.pp * (layout.dp or 1)
+    world_size = ranks_of(config.layout)
     if world_size == 1:
         return train_on_ranks(0, 1, config, folder, begin)
     losses = run_ranks(world_size, train_on_ranks, config, folder, begin)
@@ -64,8 +64,7 @@ def rewrite_on_ranks(rank: int, world_size: int, config: RunConfig, source: Path
 def rewrite(name: str, config: RunConfig, source: Path, target: Path) -> None:
     """Read a checkpoint under a layout and write it again."""
     config = replace(config, layout=LAYOUTS[name])
-    layout = config.layout
-    world_size = layout.tp * layout.cp * layout.pp * (layout.dp or 1)
+    world_size = ranks_of(config.layout)
     if world_size == 1:
         rewrite_on_ranks(0, 1, config, source, target)
     else:

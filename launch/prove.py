@@ -24,6 +24,7 @@ from moe.data.corpus import prepare
 from moe.data.loader import Loader
 from moe.telemetry.sinks import replace_file
 from moe.train.proof import BOUNDS, Difference, compare, record
+from moe.train.step import open_loader
 from moe.train.world import groups_of, world
 
 PATIENCE = timedelta(hours=2)  # while rank 0 trains alone
@@ -34,12 +35,7 @@ def prove(plan: Plan, folder: Path) -> bool:
     config = plan.config
     with world(PATIENCE) as device:
         corpus = prepare(config.data, config.model.vocab_size)
-        loader = Loader(
-            corpus.train,
-            sequence_length=config.data.sequence_length,
-            seed=config.train.seed,
-            mask_documents=config.data.mask_documents,
-        )
+        loader = open_loader(corpus.train, config)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         table = Table(plan) if is_first else None
         recorded: set[int] = set()

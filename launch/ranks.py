@@ -8,12 +8,17 @@ the process group finds it again).
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+AS_RANK = "--as-rank-of"  # the folder with the plan; how a command starts itself once per rank
 PATIENCE = timedelta(hours=12)  # rank 0 may have to prepare the data first
+PARTING = timedelta(seconds=5)  # how far apart ranks may come to the same end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,14 @@ def started_ranks() -> Ranks | None:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     return Ranks(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+
+
+def rank_command(command: str, folder: Path) -> list[str]:
+    """How each rank of a command is started on this machine; its plan lies in `folder`."""
+    # -P keeps whatever lies in the current folder from standing in for a module; a checkout that is
+    # not installed is found only there.
+    path = [] if Path.cwd() == ROOT else ["-P"]
+    return [sys.executable, *path, "-m", "launch", command, AS_RANK, str(folder)]
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,11 +12,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from launch import compose
-from launch.ranks import Meeting, Ranks, started_ranks
+from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.rules import validate
@@ -24,10 +23,7 @@ from moe.telemetry.sinks import replace_file
 from parallel.errors import UserError
 from parallel.layout import Layout
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG, RECIPE = "config.yaml", "recipe.txt"  # in the folder of a run
-PARTING = timedelta(seconds=5)  # how far apart ranks may come to the same end
-AS_RANK = "--as-rank-of"  # the folder of the run; how this command starts itself once per rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +113,7 @@ def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
 def describe(plan: Plan) -> str:
     """The settings as YAML, with the run and its launch in comments above."""
     what = "resumed" if plan.resumes else "new"
-    command = shlex.join(_rank_command(plan.folder))
+    command = shlex.join(rank_command("train", plan.folder))
     notes = "".join(f"# note: {note}\n" for note in _notes(plan))
     return (
         f"# run {plan.folder} ({what}), recipe {plan.recipe}\n"
@@ -130,19 +126,12 @@ def _notes(plan: Plan) -> list[str]:
     return list(plan.layout.across_nodes(plan.config.cluster.gpus_per_node))
 
 
-def _rank_command(folder: Path) -> list[str]:
-    # -P keeps whatever lies in the current folder from standing in for a module; a checkout that is
-    # not installed is found only there.
-    path = [] if Path.cwd() == ROOT else ["-P"]
-    return [sys.executable, *path, "-m", "launch", "train", AS_RANK, str(folder)]
-
-
 def _start_here(arguments: Sequence[str]) -> int:
     plan = make_plan(arguments)
     _begin(plan)
     from launch.local import start_ranks  # imports torch
 
-    return start_ranks(plan.layout.world_size, _rank_command(plan.folder), plan.config.launch.threads)
+    return start_ranks(plan.layout.world_size, rank_command("train", plan.folder), plan.config.launch.threads)
 
 
 def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:

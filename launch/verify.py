@@ -13,23 +13,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 from launch import compose
 from launch.cases import Plan, single, sweep
-from launch.ranks import Meeting, Ranks, started_ranks
+from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from launch.shrink import changes, shrink
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
 from moe.rules import build, validate
 from parallel.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAN, PASSED = "plan.json", "passed"  # in the temporary folder
-PARTING = timedelta(seconds=5)  # how far apart ranks may come to the same end
-AS_RANK = "--as-rank-of"  # the temporary folder; how this command starts itself once per rank
 AGREE, DIFFER, WRONG_INPUT = 0, 1, 2
 
 
@@ -127,20 +123,13 @@ def _parse(arguments: Sequence[str], world_size: int | None) -> tuple[argparse.N
     return options, rest
 
 
-def _rank_command(folder: Path) -> list[str]:
-    # -P keeps whatever lies in the current folder from standing in for a module; a checkout that is
-    # not installed is found only there.
-    path = [] if Path.cwd() == ROOT else ["-P"]
-    return [sys.executable, *path, "-m", "launch", "verify", AS_RANK, str(folder)]
-
-
 def _start_here(arguments: Sequence[str]) -> int:
     plan = make_plan(arguments)
     prepare(plan.config.data, plan.config.model.vocab_size, print)
     from launch.local import start_ranks  # imports torch
 
     with _folder(plan, None) as folder:
-        code = start_ranks(plan.ranks, _rank_command(folder), plan.config.launch.threads)
+        code = start_ranks(plan.ranks, rank_command("verify", folder), plan.config.launch.threads)
         return code or (AGREE if (folder / PASSED).exists() else DIFFER)
 
 

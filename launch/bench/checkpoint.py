@@ -21,7 +21,7 @@ from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
 from moe.train import state
-from moe.train.step import Trainer, make_trainer, read_batches
+from moe.train.step import Trainer, make_trainer, open_loader, read_batches
 from parallel.groups import single
 from parallel.saving import Saver
 
@@ -47,13 +47,7 @@ def measure(config: RunConfig, every: int, rounds: int) -> dict[str, Any]:
     """A row for each kind of saving: medians over rounds."""
     corpus = prepare(config.data, config.model.vocab_size, print)
     trainer = make_trainer(config, single(), len(corpus.domains), torch.device("cpu"))
-    settings = config.data
-    loader = Loader(
-        corpus.train,
-        sequence_length=settings.sequence_length,
-        seed=config.train.seed,
-        mask_documents=settings.mask_documents,
-    )
+    loader = open_loader(corpus.train, config)
     _steps(trainer, loader, 0, 2)
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from moe.config import RunConfig
 from moe.data.corpus import Corpus, prepare
-from moe.data.loader import Loader
 from moe.rules import validate
 from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
@@ -28,7 +27,7 @@ from moe.train.environment import environment
 from moe.train.evaluate import evaluate
 from moe.train.record import Recorder
 from moe.train.sample import sample
-from moe.train.step import StepResult, make_trainer, read_batches
+from moe.train.step import StepResult, make_trainer, open_loader, read_batches
 from moe.train.world import world
 from parallel.checkpoint import open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
@@ -59,13 +58,7 @@ class _Run:
         self.corpus = self._prepare()
         self.trainer = make_trainer(config, groups, len(self.corpus.domains), device)
         self.loader, self.validation = (
-            Loader(
-                shards,
-                sequence_length=config.data.sequence_length,
-                seed=config.train.seed,
-                mask_documents=config.data.mask_documents,
-            )
-            for shards in (self.corpus.train, self.corpus.validation)
+            open_loader(shards, config) for shards in (self.corpus.train, self.corpus.validation)
         )
         self.position = self._resume()
         self.saver = Saver(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.config import RunConfig
 from moe.data.loader import Batch, Loader
+from moe.data.shards import TokenShards
 from moe.model.balance import bias_rate
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.stages import split
@@ -184,6 +185,16 @@ def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: to
     part = split(config.model.num_layers, groups.layout.pp)[groups.index("pp")]
     model = Transformer(config.model, config.balance, groups, dtype, settings.seed, part)
     return Trainer(model, config, groups, num_domains, device)
+
+
+def open_loader(shards: TokenShards, config: RunConfig) -> Loader:
+    """The sequences of a split as a run reads them."""
+    return Loader(
+        shards,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        mask_documents=config.data.mask_documents,
+    )
 
 
 def read_batches(loader: Loader, config: RunConfig, groups: Groups, first: int) -> list[Batch]:

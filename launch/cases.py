@@ -33,7 +33,15 @@ class Case:
         """The layout without how it is scheduled."""
         config = self.layout
         assert config.dp is not None
-        return Layout(tp=config.tp, cp=config.cp, dp=config.dp, pp=config.pp, ep=config.ep, etp=config.etp)
+        return Layout(
+            tp=config.tp,
+            cp=config.cp,
+            dp=config.dp,
+            pp=config.pp,
+            ep=config.ep,
+            etp=config.etp,
+            both_ways=config.both_ways,
+        )
 
     @property
     def parts(self) -> int:
@@ -130,7 +138,7 @@ def _fit(config: RunConfig, layout: Layout) -> LayoutConfig | None:
     if left or not share:
         return None
     most = max(count for count in divisors(share) if count <= config.layout.microbatches)
-    fitted = LayoutConfig(**vars(layout), microbatches=most)
+    fitted = LayoutConfig(**layout.degrees, microbatches=most)
     try:
         validate(replace(config, layout=fitted))
     except UserError:

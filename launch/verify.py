@@ -55,7 +55,7 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
         every = options.ranks  # tp x cp is at most all of them
         degrees = LayoutConfig(tp=every, pp=every, dp=every, ep=every, etp=every)
     else:
-        degrees = LayoutConfig(**vars(validate(config, options.ranks)))
+        degrees = LayoutConfig(**validate(config, options.ranks).degrees)
     if options.shrink:
         before, config = config, shrink(config, degrees)
         notes.append(f"shrunk: {changes(before, config) or 'nothing, it is small already'}")

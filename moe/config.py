@@ -7,6 +7,8 @@ dataclasses from plain mappings and checks the rules between fields.
 from dataclasses import dataclass, field
 from typing import Literal
 
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipe", "dualpipev"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -105,8 +107,14 @@ class LayoutConfig:
     ep: int = 1  # spreads experts over the ranks of a stage, whatever these are to attention
     etp: int = 1  # cuts each expert
     microbatches: int = 1  # per data-parallel rank and step
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    overlap: bool = True  # hide one microbatch's all-to-all behind its neighbour's compute
+    schedule: ScheduleName = "1f1b"
+    stages_per_rank: int = 2  # of an interleaved schedule
+    overlap: bool = True  # hide one microbatch's all-to-all behind another's compute
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether microbatches enter the pipeline at both ends, and stages are held twice."""
+        return self.schedule == "dualpipe"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,15 @@ def _layout(config: RunConfig, world_size: int | None) -> Layout:
         dp = max(1, world_size // (attention * wanted.pp))
     elif dp is None:  # the fewest ranks that hold all experts
         dp = experts // math.gcd(experts, attention)
-    layout = Layout(tp=wanted.tp, cp=wanted.cp, dp=dp, pp=wanted.pp, ep=wanted.ep, etp=wanted.etp)
+    layout = Layout(
+        tp=wanted.tp,
+        cp=wanted.cp,
+        dp=dp,
+        pp=wanted.pp,
+        ep=wanted.ep,
+        etp=wanted.etp,
+        both_ways=wanted.both_ways,
+    )
     if world_size is not None and world_size != layout.world_size:
         raise UserError(
             "`layout.tp` x `layout.cp` x `layout.dp` x `layout.pp` must equal the number of ranks, but the "

@@ -6,23 +6,37 @@ costs every rank four seconds and warns of accelerator libraries that nothing he
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch.distributed as dist
 
-from parallel.collectives import Group, ModelGroups
+from parallel.collectives import Group, ModelGroups, group_rank
 from parallel.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """The ranks that hold copies of what is cut over tp, of what is whole on a stage, and of experts."""
+
+    cut: Group = None
+    whole: Group = None
+    experts: Group = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups(ModelGroups):
     """A rank's process groups; None where a group would hold this rank alone.
 
-    Beside those that layers compute with: `dp_cp` holds the copies of what is cut over tp, `tp_dp_cp`
-    (the stage) those of what is whole, `expert_dp` those of experts; `embedding` the copies on the first
-    and last stage of what is cut over tp; `pp` the stages; `world` every rank.
+    Beside those that layers compute with: on a stage `dp_cp` holds the copies of what is cut over tp,
+    `tp_dp_cp` (the stage) those of what is whole, `expert_dp` those of experts; `embedding` the copies on
+    the first and last stage of what is cut over tp; `pp` the stages; `world` every rank. Where the
+    pipeline runs both ways, `mirror` holds this rank and the one that holds the same stages, and
+    `both_ways` the copies on both.
     """
 
     layout: Layout
@@ -33,7 +47,19 @@ class Groups(ModelGroups):
     tp_dp_cp: Group = None
     expert_dp: Group = None
     embedding: Group = None
+    mirror: Group = None
+    both_ways: Copies | None = None
     world: Group = None
+
+    @property
+    def copies(self) -> Copies:
+        """Whose gradients are added up."""
+        return self.both_ways or Copies(cut=self.dp_cp, whole=self.tp_dp_cp, experts=self.expert_dp)
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank speaks for its stages: of a rank and its mirror one does."""
+        return group_rank(self.mirror) == 0
 
     def index(self, axis: str) -> int:
         """This rank's place along an axis of the layout."""
@@ -65,8 +91,62 @@ def build_groups(layout: Layout) -> Groups:
     if layout.world_size == 1:
         return single()
     assert dist.get_world_size() == layout.world_size
-    made = _build(layout, _ATTENTION, _ATTENTION_GROUPS) | _build(layout, _EXPERTS, _EXPERT_GROUPS)
-    return Groups(layout=layout, rank=dist.get_rank(), embedding=_embedding_group(layout), **made)
+    made: dict[str, Any] = _build(layout, _ATTENTION, _ATTENTION_GROUPS) | _build(
+        layout, _EXPERTS, _EXPERT_GROUPS
+    )
+    groups = Groups(layout=layout, rank=dist.get_rank(), embedding=embedding_group(layout), **made)
+    return _with_mirrors(groups) if layout.both_ways else groups
+
+
+def embedding_group(layout: Layout) -> Group:
+    """Copies of what the first and the last stage both hold, where there are two. Collective."""
+    if layout.pp == 1:
+        return None
+    return create_group(layout, lambda at: at["tp"] if is_end(layout, at) else None)
+
+
+def _with_mirrors(groups: Groups) -> Groups:
+    layout = groups.layout
+
+    def both(*axes: str) -> Group:
+        """Ranks that differ only along these axes, on a stage and on its mirror."""
+        grid = _EXPERTS if "expert_dp" in axes else _ATTENTION
+        kept = [axis for axis in grid if axis not in (*axes, "pp")]
+        return create_group(layout, lambda at: (_depth(layout, at), *(at[axis] for axis in kept)))
+
+    copies = Copies(cut=both("cp", "dp"), whole=both("tp", "cp", "dp"), experts=both("expert_dp"))
+    return replace(groups, mirror=both(), both_ways=copies)
+
+
+def _depth(layout: Layout, place: dict[str, int]) -> int:
+    """The same for a rank of the pipeline and its mirror."""
+    return min(place["pp"], layout.pp - 1 - place["pp"])
+
+
+def is_end(layout: Layout, place: dict[str, int]) -> bool:
+    """Whether the rank at these coordinates is the first or the last of its pipeline."""
+    return place["pp"] in (0, layout.pp - 1)
+
+
+def create_group(layout: Layout, key: Callable[[dict[str, int]], Hashable]) -> Group:
+    """A group for each set of ranks whose coordinates have the same key; none for those whose key is None.
+
+    Collective: every rank makes every group, as `torch.distributed` wants it.
+    """
+    mine = None
+    for ranks in alike(layout, key):
+        group = dist.new_group(ranks)
+        mine = group if dist.get_rank() in ranks else mine
+    return mine
+
+
+def alike(layout: Layout, key: Callable[[dict[str, int]], Hashable]) -> list[list[int]]:
+    """The sets of ranks whose coordinates have the same key, which is not None."""
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for rank in range(layout.world_size):
+        found[key(layout.coordinates(rank))].append(rank)
+    found.pop(None, None)
+    return list(found.values())
 
 
 def _build(layout: Layout, axes: tuple[str, ...], wanted: dict[str, list[str]]) -> dict[str, Group]:
@@ -81,19 +161,6 @@ def _build(layout: Layout, axes: tuple[str, ...], wanted: dict[str, list[str]]) 
         name: made[tuple(axis for axis in several if getattr(layout, axis) > 1)]
         for name, several in wanted.items()
     }
-
-
-def _embedding_group(layout: Layout) -> Group:
-    """Copies of what the first and the last stage both hold, where there are two."""
-    if layout.pp == 1:
-        return None
-    mine, rank, size = None, dist.get_rank(), layout.stage_size
-    for tp in range(layout.tp):
-        first = range(tp, size, layout.tp)
-        ranks = [*first, *(each + size * (layout.pp - 1) for each in first)]
-        group = dist.new_group(ranks)
-        mine = group if rank in ranks else mine
-    return mine
 
 
 def _grid_module() -> ModuleType:

@@ -12,16 +12,21 @@ distinct tokens. TP, ETP and EP groups are runs of neighbours, inside a node whe
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from parallel.errors import UserError
 
 _ATTENTION = ("tp", "cp", "dp", "pp")
+DEGREES = ("tp", "cp", "dp", "pp", "ep", "etp")
 _EXPERTS = ("etp", "ep", "expert_dp", "pp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees of tensor, context, data and pipeline parallelism; experts over `ep`, each over `etp`."""
+    """Degrees of tensor, context, data and pipeline parallelism; experts over `ep`, each over `etp`.
+
+    `both_ways`: pipeline rank r holds what rank pp - 1 - r, its mirror, holds too.
+    """
 
     tp: int = 1
     cp: int = 1
@@ -29,9 +34,10 @@ class Layout:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tp", "cp", "dp", "pp", "ep", "etp"):
+        for name in DEGREES:
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"`layout.{name}` must be at least 1, but is {value}: use 1 or more")
@@ -46,6 +52,11 @@ class Layout:
                 "`layout.ep` must divide `layout.tp` x `layout.cp` x `layout.dp` / `layout.etp`, but "
                 f"{self.ep} does not divide {left}: use {alternatives(left, self.ep)}"
             )
+
+    @property
+    def degrees(self) -> dict[str, Any]:
+        """The axes' degrees by name."""
+        return {axis: getattr(self, axis) for axis in DEGREES}
 
     @property
     def stage_size(self) -> int:

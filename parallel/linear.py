@@ -2,11 +2,17 @@
 
 A weight that carries `main_grad` (an fp32 buffer, see zero.py) has its gradient added straight
 into it; a weight without one gets an ordinary `.grad`, so that a layer works alone in a notebook.
+The first kind need not be made at once: the backward of a product recorded inside `deferring(queue)`
+only queues it, for whoever walks the tape to make when there is nothing better to do.
 A layer may hold a part of its weight; moving what the parts need is said where the layer is used.
 Legend: N rows, I inputs, O outputs, e experts of this rank.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +22,33 @@ from torch import Tensor, nn
 from parallel.collectives import Group, group_rank, group_size
 from parallel.shards import Cut, mark_cut, mark_experts
 
+Queue = deque[Callable[[], None]]  # what is yet to be done, the oldest first
+
+_queue: ContextVar[Queue | None] = ContextVar("_queue", default=None)
+
+
+@contextmanager
+def deferring(queue: Queue) -> Iterator[None]:
+    """Products recorded inside put the making of their weights' gradients into a queue."""
+    token = _queue.set(queue)
+    try:
+        yield
+    finally:
+        _queue.reset(token)
+
+
+def _make(queue: Queue | None, gradient: Callable[[], None]) -> None:
+    """Now, or later where there is a queue."""
+    if queue is None:
+        gradient()
+    else:
+        queue.append(gradient)
+
 
 def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: Tensor) -> None:
-    """Add grad^T rows, [O, I] from [N, O] and [N, I], to the gradient buffer of a weight."""
+    """Add grad^T rows, [O, I] from [..., O] and [..., I], to the gradient buffer of a weight."""
     target = weight.main_grad if index is None else weight.main_grad[index]  # type: ignore[attr-defined]
+    grad, rows = grad.flatten(0, -2), rows.flatten(0, -2)
     if target.dtype == grad.dtype:
         target.addmm_(grad.t(), rows)
     else:
@@ -30,7 +59,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.weight = weight
+        ctx.weight, ctx.queue = weight, _queue.get()
         return F.linear(rows, weight)
 
     @staticmethod
@@ -39,10 +68,10 @@ class _Product(torch.autograd.Function):
         grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_rows, None
-        flat_grad, flat_rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
         if not hasattr(weight, "main_grad"):
-            return grad_rows, flat_grad.t() @ flat_rows
-        add_weight_gradient(weight, None, flat_grad, flat_rows)
+            return grad_rows, grad.flatten(0, -2).t() @ rows.flatten(0, -2)
+        # The very tensor is kept, not a view: else autograd might take its memory to add up another's.
+        _make(ctx.queue, partial(add_weight_gradient, weight, None, grad, rows))
         return grad_rows, None
 
 
@@ -51,7 +80,7 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
         assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
         ctx.save_for_backward(rows)
-        ctx.counts, ctx.weight = counts, weight
+        ctx.counts, ctx.weight, ctx.queue = counts, weight, _queue.get()
         out = rows.new_empty(rows.shape[0], weight.shape[1])
         for expert, begin, end in _segments(counts):
             torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
@@ -60,18 +89,27 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (rows,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0].contiguous()
+        segments = _segments(ctx.counts)
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        buffered = hasattr(weight, "main_grad")
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] and not buffered else None
-        for expert, begin, end in _segments(ctx.counts):
-            part = grad[begin:end]
-            if grad_rows is not None:
-                torch.mm(part, weight[expert], out=grad_rows[begin:end])
-            if grad_weight is not None:
-                torch.mm(part.t(), rows[begin:end], out=grad_weight[expert])
-            elif ctx.needs_input_grad[2]:
-                add_weight_gradient(weight, expert, part, rows[begin:end])
+        if grad_rows is not None:
+            for expert, begin, end in segments:
+                torch.mm(grad[begin:end], weight[expert], out=grad_rows[begin:end])
+        if not ctx.needs_input_grad[2]:
+            return grad_rows, None, None
+        if hasattr(weight, "main_grad"):
+            _make(ctx.queue, partial(_add_expert_gradients, weight, segments, grad, rows))
+            return grad_rows, None, None
+        grad_weight = torch.zeros_like(weight)
+        for expert, begin, end in segments:
+            torch.mm(grad[begin:end].t(), rows[begin:end], out=grad_weight[expert])
         return grad_rows, None, grad_weight
+
+
+def _add_expert_gradients(
+    weight: Tensor, segments: list[tuple[int, int, int]], grad: Tensor, rows: Tensor
+) -> None:
+    for expert, begin, end in segments:
+        add_weight_gradient(weight, expert, grad[begin:end], rows[begin:end])
 
 
 def _segments(counts: Sequence[int]) -> list[tuple[int, int, int]]:

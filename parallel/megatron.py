@@ -5,17 +5,16 @@ holds None there, and has no use for some of its names. Importing this file impo
 which takes seconds.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable
 from operator import itemgetter
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel.collectives import Group, ModelGroups, group_size
 from parallel.errors import UserError
-from parallel.groups import Groups
-from parallel.layout import Layout
+from parallel.groups import Groups, alike, create_group, embedding_group, is_end
+from parallel.layout import DEGREES, Layout
 
 _MODEL = {"tp": "tp", "cp": "cp", "tp_cp": "tp_cp", "ep": "ep", "etp": "expt_tp", "ep_etp": "tp_ep"}
 _COPIES = {"dp": "dp", "pp": "pp", "dp_cp": "dp_cp", "tp_dp_cp": "tp_dp_cp", "expert_dp": "expt_dp"}
@@ -37,20 +36,20 @@ def from_megatron(collection: ProcessGroupCollection) -> Groups:
 
     Raises `UserError` where one is lacking or the ranks stand in another order than in our layout.
     """
-    made, rank = _take(collection, _MODEL | _COPIES), dist.get_rank()
-    layout = Layout(**{axis: group_size(made[axis]) for axis in ("tp", "cp", "dp", "pp", "ep", "etp")})
+    made: dict[str, Any] = _take(collection, _MODEL | _COPIES)
+    degrees: dict[str, Any] = {axis: group_size(made[axis]) for axis in DEGREES}
+    rank, layout = dist.get_rank(), Layout(**degrees)
     for axis, others in _OTHER_AXES.items():
         group = made[axis]
         found = [rank] if group is None else dist.get_process_group_ranks(group)
-        wanted = next(ranks for ranks in _members(layout, itemgetter(*others)) if rank in ranks)
+        wanted = next(ranks for ranks in alike(layout, itemgetter(*others)) if rank in ranks)
         if found != wanted:  # every rank sees this: a step along an axis is the same from everywhere
             raise UserError(
                 "Megatron's `order` must be `tp-cp-ep-dp-pp`, as in our layout, but along "
                 f"{axis} rank {rank} stands with {found}, not {wanted}: set that order"
             )
     world = dist.group.WORLD if layout.world_size > 1 else None
-    embedding = _create(layout, lambda at: at["tp"] if _end(layout, at) else None) if layout.pp > 1 else None
-    return Groups(layout=layout, rank=rank, embedding=embedding, world=world, **made)
+    return Groups(layout=layout, rank=rank, embedding=embedding_group(layout), world=world, **made)
 
 
 def to_megatron(groups: Groups) -> ProcessGroupCollection:
@@ -59,16 +58,16 @@ def to_megatron(groups: Groups) -> ProcessGroupCollection:
     Collective: every rank of the initialised world must call.
     """
     layout = groups.layout
-    alone = _create(layout, lambda at: (at["tp"], at["cp"], at["dp"], at["pp"]))
+    alone = create_group(layout, lambda at: (at["tp"], at["cp"], at["dp"], at["pp"]))
     shared = {theirs: getattr(groups, ours) or alone for ours, theirs in (_MODEL | _COPIES).items()}
     embd, pos_embd = alone, alone
     if layout.pp > 1:
-        embd = _create(layout, lambda at: (at["tp"], at["cp"], at["dp"]) if _end(layout, at) else None)
+        embd = create_group(layout, lambda at: (at["tp"], at["cp"], at["dp"]) if is_end(layout, at) else None)
         pos_embd = alone if groups.index("pp") == 0 else None
     return ProcessGroupCollection(
         **shared,
-        mp=_create(layout, lambda at: (at["cp"], at["dp"])),
-        tp_ep_pp=_create(layout, lambda at: at["expert_dp"]),
+        mp=create_group(layout, lambda at: (at["cp"], at["dp"])),
+        tp_ep_pp=create_group(layout, lambda at: at["expert_dp"]),
         embd=embd,
         pos_embd=pos_embd,
         intra_dp_cp=shared["dp_cp"],
@@ -87,27 +86,3 @@ def _take(collection: ProcessGroupCollection, names: dict[str, str]) -> dict[str
         )
     found = {ours: getattr(collection, theirs) for ours, theirs in names.items()}
     return {ours: group if group_size(group) > 1 else None for ours, group in found.items()}
-
-
-def _end(layout: Layout, place: dict[str, int]) -> bool:
-    return place["pp"] in (0, layout.pp - 1)
-
-
-def _create(layout: Layout, key: Callable[[dict[str, int]], Hashable]) -> Group:
-    """A group for each set of ranks whose coordinates have the same key; none for those whose key is None.
-
-    Every rank makes every group, as `torch.distributed` wants it.
-    """
-    mine = None
-    for ranks in _members(layout, key):
-        group = dist.new_group(ranks)
-        mine = group if dist.get_rank() in ranks else mine
-    return mine
-
-
-def _members(layout: Layout, key: Callable[[dict[str, int]], Hashable]) -> list[list[int]]:
-    found: dict[Hashable, list[int]] = defaultdict(list)
-    for rank in range(layout.world_size):
-        found[key(layout.coordinates(rank))].append(rank)
-    found.pop(None, None)
-    return list(found.values())

@@ -1,13 +1,14 @@
 """The whole model, DeepSeek-V2 and V3 shaped: embedding, blocks, norm, head, and MTP modules.
 
-`phases` runs one microbatch through one pipeline stage, from tokens to losses where that is the whole
-model, as a generator; `forward` gives logits through ordinary autograd. `tape.unit` marks where the
-parameters of a unit begin to be used.
+A rank may hold several stages of it, as one module whose parameters are each there once. `Stage.phases`
+runs one microbatch through one of them, from tokens to losses where that is the whole model, as a
+generator; `forward` gives logits through ordinary autograd. `tape.unit` marks where the parameters of a
+unit begin to be used.
 Legend: B sequences, S positions (of this context-parallel rank), s positions (of this rank), D hidden
 size, V vocabulary.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class Outcome:
 
 
 class Transformer(nn.Module):
-    """One stage of the model, which may be all of it, cut over the groups."""
+    """Stages of the model, together maybe all of it, cut over the groups."""
 
     def __init__(
         self,
@@ -74,28 +75,38 @@ class Transformer(nn.Module):
         groups: ModelGroups = ALONE,
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
-        part: Part | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
-        """With `seed` None the weights are left uninitialised, to be loaded. `part` None: all layers."""
+        """With `seed` None the weights are left uninitialised, to be loaded.
+
+        `parts`: the stages, in order; none stands for all layers as one.
+        """
         super().__init__()
         self.config, self.groups = config, groups
-        self.part = part or whole(config.num_layers)
+        self.parts = tuple(parts) or (whole(config.num_layers),)
         balance = balance or BalanceConfig()
-        width, num_mtp = config.hidden_size, config.num_mtp_layers if self.part.last else 0
+        has_last = self.parts[-1].last
+        width, num_mtp = config.hidden_size, config.num_mtp_layers if has_last else 0
         # By their numbers in the whole model, which are the canonical names.
         self.layers = nn.ModuleDict(
             {
                 str(layer): Block(config, balance, groups, dtype, is_moe=config.is_moe(layer))
-                for layer in self.part.layers
+                for part in self.parts
+                for layer in part.layers
             }
         )
-        embeds = self.part.first or num_mtp or (self.part.last and config.tie_embeddings)
+        embeds = any(self._embeds(part) for part in self.parts)
         self.embedding = VocabEmbedding(config.vocab_size, width, groups.tp, dtype) if embeds else None
-        self.norm = RMSNorm(width, config.rms_norm_eps, dtype) if self.part.last else None
-        self.head = self._make_head(dtype) if self.part.last and not config.tie_embeddings else None
+        self.norm = RMSNorm(width, config.rms_norm_eps, dtype) if has_last else None
+        self.head = self._make_head(dtype) if has_last and not config.tie_embeddings else None
         self.mtp = nn.ModuleList(MTPModule(config, balance, groups, dtype) for _ in range(num_mtp))
         if seed is not None:
             init_weights(self, config.init_std, seed)
+
+    def _embeds(self, part: Part) -> bool:
+        """Whether a stage needs the embedding: for tokens, for MTP modules, or as its head."""
+        tied = self.config.tie_embeddings or self.config.num_mtp_layers > 0
+        return part.first or (part.last and tied)
 
     def _make_head(self, dtype: torch.dtype) -> nn.Parameter:
         rows = self.config.vocab_size // group_size(self.groups.tp)
@@ -105,34 +116,51 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, S] -> logits [B, S, V]. Only where neither sequence nor vocabulary is cut."""
-        assert self.groups.tp_cp is None and self.part.first and self.part.last
+        assert self.groups.tp_cp is None
         batch = Microbatch(tokens=tokens, labels=None, valid=torch.ones_like(tokens, dtype=torch.bool))
         logits = run(self.phases(Direct(), batch))[1].logits
         assert logits is not None
         return logits
 
     def phases(
-        self, tape: Recorder, batch: Microbatch, hidden: Tensor | None = None
+        self, tape: Recorder, batch: Microbatch
     ) -> Generator[None, None, tuple[Tensor | None, Outcome]]:
-        """Run a microbatch through this stage: hidden states [B, s, D] in, except on the first, and out.
+        """Run a microbatch through the whole model, where this is it."""
+        (stage,) = self.stages()
+        return stage.phases(tape, batch)
 
-        On the last stage nothing goes out, and the losses are roots of the tape, weighted as the batch
-        says.
-        """
+    def stages(self) -> list["Stage"]:
+        """The stages, to be run one by one."""
+        return [Stage(self, part) for part in self.parts]
+
+    def units(self, part: Part) -> Iterator[str]:
+        """The units of a stage in the order in which its phases enter them."""
+        if self._embeds(part):
+            yield "embedding"
+        yield from (f"layers.{layer}" for layer in part.layers)
+        if part.last:
+            yield "head"
+            yield from (f"mtp.{index}" for index in range(len(self.mtp)))
+
+    def run_part(
+        self, part: Part, tape: Recorder, batch: Microbatch, hidden: Tensor | None
+    ) -> Generator[None, None, tuple[Tensor | None, Outcome]]:
+        """The phases of a stage (see `Stage`)."""
         around = self._surroundings(batch)
         loads: dict[str, LayerLoad] = {}
-        if self.embedding is not None:
+        if self._embeds(part):
             tape.unit("embedding")
-        if self.part.first:
+        if part.first:
             hidden = self._embed(tape, around, batch.tokens)
         assert hidden is not None
-        for name, block in self.layers.items():
-            tape.unit(f"layers.{name}")
+        for layer in part.layers:
+            tape.unit(f"layers.{layer}")
+            block = self.layers[str(layer)]
             assert isinstance(block, Block)
             hidden, load = yield from block.phases(tape, hidden, around)
             if load is not None:
-                loads[name] = load
-        if not self.part.last:
+                loads[str(layer)] = load
+        if not part.last:
             return hidden, Outcome(loads)
         tape.unit("head")
         assert self.norm is not None
@@ -211,6 +239,24 @@ class Transformer(nn.Module):
         for index, module in enumerate(self.mtp):
             if isinstance(module, MTPModule) and module.block.moe is not None:
                 yield f"mtp{index}", module.block.moe.router
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a model."""
+
+    model: Transformer
+    part: Part
+
+    def phases(
+        self, tape: Recorder, batch: Microbatch, hidden: Tensor | None = None
+    ) -> Generator[None, None, tuple[Tensor | None, Outcome]]:
+        """Run a microbatch through the stage: hidden states [B, s, D] in, except on the first, and out.
+
+        On the last stage nothing goes out, and the losses are roots of the tape, weighted as the batch
+        says.
+        """
+        return self.model.run_part(self.part, tape, batch, hidden)
 
 
 def expert_layers(config: ModelConfig) -> list[str]:

@@ -1,52 +1,70 @@
-"""Running microbatches through this rank's stage: to train by the run's schedule, or forward alone."""
+"""Running microbatches through this rank's stages: to train by the run's schedule, or forward alone."""
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from moe.config import LayoutConfig, RunConfig
 from moe.model.transformer import Microbatch, Outcome, Transformer, positions_of
 from parallel.groups import Groups
 from parallel.pipeline.action import Schedule
 from parallel.pipeline.executor import execute
-from parallel.pipeline.gpipe import forward_only, gpipe
+from parallel.pipeline.gpipe import forward_only
 from parallel.pipeline.link import Boundary, connect, disconnect
-from parallel.pipeline.one_f_one_b import one_f_one_b
+from parallel.pipeline.schedules import make
+from parallel.pipeline.timeline import Span
 from parallel.zero import Zero
 
 
 class Runner:
-    """A stage, its place in the pipeline, and the buffers whose traffic its walk sets off."""
+    """This rank's stages, its place in the pipeline, and the buffers whose traffic its walk sets off."""
 
     def __init__(self, model: Transformer, config: RunConfig, groups: Groups, zero: Zero) -> None:
         self.model, self.groups, self.device = model, groups, zero.device
+        self.spans: Sequence[Span] = ()
         self._zero, self._dtype = zero, next(model.parameters()).dtype
         self._layout, self._recompute = config.layout, config.train.recompute == "full"
         schedule = make_schedule(config.layout, config.layout.microbatches)
         self._link = connect(schedule, groups.pp, self.device)
+        self._stages = dict(zip(sorted(schedule.stages[self._link.rank]), model.stages(), strict=True))
 
     def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
         """Forward and backward; weights arrive when needed, reductions begin as gradients are whole."""
-        return execute(
+        awaited = Counter(unit for part in self.model.parts for unit in self.model.units(part))
+
+        def leave(unit: str) -> None:
+            awaited[unit] -= 1  # the embedding may be a unit of two stages
+            if not awaited[unit]:
+                self._zero.start_reduce(unit)
+
+        walked = execute(
             make_schedule(self._layout, len(microbatches)),
-            {self._link.rank: self.model},
+            self._stages,
             microbatches,
             link=self._link,
             boundary=self._boundary(microbatches[0]),
             recompute=self._recompute,
             on_enter=self._zero.arrive,
-            on_leave=self._zero.start_reduce,
+            on_leave=leave,
         )
+        self.spans = walked.spans
+        return _by_microbatch(walked.returned)
 
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
-        """Forward alone: nothing is recorded or moved."""
-        return execute(
-            forward_only(self._layout.pp, len(microbatches)),
-            {self._link.rank: self.model},
+        """Forward alone: nothing is recorded or moved. Of stages held twice each is run by one rank."""
+        stages = make_schedule(self._layout, self._layout.microbatches).stages
+        once = [held[:1] for held in stages] if self.groups.layout.both_ways else stages
+        walked = execute(
+            forward_only(once, len(microbatches)),
+            self._stages,
             microbatches,
             link=self._link,
             boundary=self._boundary(microbatches[0]),
             on_enter=self._zero.arrive,
         )
+        return _by_microbatch(walked.returned)
 
     def close(self) -> None:
         """Give the pipeline's connections back."""
@@ -59,9 +77,24 @@ class Runner:
         return Boundary(shape, self._dtype, self.device)
 
 
+def _by_microbatch(returned: Mapping[tuple[int, int], Any]) -> list[Outcome]:
+    """What all stages of this rank gave for each microbatch that they ran, in order."""
+    found: dict[int, list[Outcome]] = defaultdict(list)
+    for (microbatch, _), outcome in sorted(returned.items(), key=lambda pair: pair[0]):
+        found[microbatch].append(outcome)
+    return [
+        replace(outcomes[-1], loads={name: load for each in outcomes for name, load in each.loads.items()})
+        for outcomes in found.values()
+    ]
+
+
 @lru_cache(maxsize=8)
 def make_schedule(layout: LayoutConfig, num_microbatches: int) -> Schedule:
     """The schedule that the settings name."""
-    if layout.schedule == "gpipe":
-        return gpipe(layout.pp, num_microbatches)
-    return one_f_one_b(layout.pp, num_microbatches, overlap=layout.overlap)
+    return make(
+        layout.schedule,
+        layout.pp,
+        num_microbatches,
+        overlap=layout.overlap,
+        stages_per_rank=layout.stages_per_rank,
+    )

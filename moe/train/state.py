@@ -27,7 +27,7 @@ def owned(trainer: Trainer) -> list[Piece]:
     """What this rank writes: over all ranks every element of every tensor once."""
     groups = trainer.groups
     found = list(trainer.engine.owned())
-    if groups.rank % groups.layout.stage_size == 0:
+    if groups.rank % groups.layout.stage_size == 0 and groups.is_first_copy:
         found += _router_state(trainer)
     if groups.rank == 0:
         found.append(_whole("random/torch", torch.get_rng_state()))

@@ -22,6 +22,7 @@ from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layer
 from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
 from moe.train.optim import DTYPES, learning_rate
+from moe.train.runner import make_schedule
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
 
@@ -54,7 +55,7 @@ class StepResult:
 
 
 class Trainer:
-    """One rank's stage of the model, and the engine that runs and moves it."""
+    """One rank's stages of the model, and the engine that runs and moves them."""
 
     def __init__(
         self,
@@ -144,8 +145,9 @@ class Trainer:
         for name, router in self.model.routers():
             index = names.index(name)
             router.update(table[index, 0], rate)
-            biases[index] = router.bias
-        all_reduce(biases, self.groups.pp)  # each layer lives on one stage: what is added is 0
+            if self.groups.is_first_copy:
+                biases[index] = router.bias
+        all_reduce(biases, self.groups.pp)  # one rank speaks for each layer: what is added is 0
         sources = self.groups.layout.ep
         return {
             name: LayerCounts(
@@ -179,11 +181,13 @@ class Trainer:
 
 
 def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
-    """This rank's stage with fresh weights, the same under every layout, and what trains it."""
+    """This rank's stages with fresh weights, the same under every layout, and what trains them."""
     settings = config.train
     dtype = DTYPES[settings.precision]
-    part = split(config.model.num_layers, groups.layout.pp)[groups.index("pp")]
-    model = Transformer(config.model, config.balance, groups, dtype, settings.seed, part)
+    schedule = make_schedule(config.layout, config.layout.microbatches)
+    stages = split(config.model, schedule.num_stages, config.data.sequence_length)
+    parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
+    model = Transformer(config.model, config.balance, groups, dtype, settings.seed, parts)
     return Trainer(model, config, groups, num_domains, device)
 
 

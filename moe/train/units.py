@@ -41,15 +41,16 @@ def unit_of(name: str) -> str:
 
 
 def replicas(parameter: nn.Parameter, groups: Groups) -> Group:
-    """The ranks of a stage that hold the same values as this one."""
+    """The ranks that hold the same values as this one, of a stage or of two."""
     if is_expert(parameter):
-        return groups.expert_dp
-    return groups.dp_cp if is_cut(parameter) else groups.tp_dp_cp
+        return groups.copies.experts
+    return groups.copies.cut if is_cut(parameter) else groups.copies.whole
 
 
 def _holders(name: str, parameter: nn.Parameter, model: Transformer, groups: Groups) -> Group:
     """The same over all stages: MTP and a tied head need the embedding on the last one too."""
     twice = model.config.num_mtp_layers or model.config.tie_embeddings
-    if name == "embedding.weight" and groups.pp is not None and twice:
+    both_ends_here = model.parts[0].first and model.parts[-1].last
+    if name == "embedding.weight" and twice and not both_ends_here:
         return groups.embedding
     return replicas(parameter, groups)

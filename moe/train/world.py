@@ -40,6 +40,6 @@ def groups_of(layout: Layout) -> Iterator[Groups]:
     yield groups  # a failure ends the process, and the groups with it
     if layout.world_size > 1:
         dist.barrier()  # nobody closes a connection that another still reads from
-    fields = vars(groups).values()
-    for group in dict.fromkeys(value for value in fields if isinstance(value, dist.ProcessGroup)):
+    held = (*vars(groups).values(), *vars(groups.copies).values())
+    for group in dict.fromkeys(value for value in held if isinstance(value, dist.ProcessGroup)):
         dist.destroy_process_group(group)

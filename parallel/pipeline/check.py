@@ -6,29 +6,34 @@ nobody has made yet.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from parallel.errors import UserError
-from parallel.pipeline.action import Action, Kind, Schedule
+from parallel.pipeline.action import KINDS, Action, Schedule
+from parallel.pipeline.order import possible_order
 from parallel.pipeline.transfers import Channel, messages
 
 
 def check(schedule: Schedule) -> None:
     """Raise UserError with a sentence that names rank, action and rule where a schedule breaks one."""
-    for rule in (_ranges, _pairs, _each_once, _backward_after_forward, _queues, _progress):
+    for rule in (_ranges, _pairs, _each_once, _order, _queues, _progress):
         for broken in rule(schedule):
             raise UserError(f"in schedule `{schedule.name}` {broken}")
 
 
 def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
-    """Per rank, the most (microbatch, stage) whose activations are held at once; a pair holds both of its."""
+    """Per rank, the most (microbatch, stage) whose activations are held at once.
+
+    From their F to the end of their B, or of their W where there is one; a pair holds both of its.
+    """
     peaks = []
     for slots in schedule.slots:
         held = peak = 0
         for slot in slots:
             held += sum(action.kind == "F" for action in slot)
             peak = max(peak, held)
-            held -= sum(action.kind == "B" for action in slot)
+            held -= sum(schedule.is_last(action) for action in slot)
         peaks.append(peak)
     return tuple(peaks)
 
@@ -52,25 +57,34 @@ def _pairs(schedule: Schedule) -> Iterator[str]:
 def _each_once(schedule: Schedule) -> Iterator[str]:
     ranks = range(schedule.num_ranks)
     runs = Counter(action for rank in ranks for action in schedule.actions(rank))
-    kinds: tuple[Kind, ...] = ("F", "B") if any(action.kind == "B" for action in runs) else ("F",)
-    microbatches, stages = range(schedule.num_microbatches), range(schedule.num_stages)
-    for kind, microbatch, stage in product(kinds, microbatches, stages):
-        action = Action(kind, microbatch, stage)
+    for action in _due(schedule, backward=any(action.kind == "B" for action in runs)):
         if runs[action] != 1:
-            holders = [str(rank) for rank in ranks if stage in schedule.stages[rank]]
+            holders = [str(rank) for rank in ranks if action.stage in schedule.stages[rank]]
+            each = "for each B without its weights" if action.kind == "W" else "for each microbatch and stage"
             yield (
-                f"rank {' or '.join(holders)} runs {action} {runs[action]} times, but every {kind} runs once "
-                f"for each microbatch and stage"
+                f"rank {' or '.join(holders)} runs {action} {runs[action]} times, "
+                f"but every {action.kind} runs once {each}"
             )
 
 
-def _backward_after_forward(schedule: Schedule) -> Iterator[str]:
+def _due(schedule: Schedule, *, backward: bool) -> Iterator[Action]:
+    """What must run once."""
+    for kind in KINDS[: 2 if backward else 1]:
+        for microbatch, stage in product(range(schedule.num_microbatches), range(schedule.num_stages)):
+            yield Action(kind, microbatch, stage)
+    for microbatch, stage in sorted(schedule.apart):
+        yield Action("W", microbatch, stage)
+
+
+def _order(schedule: Schedule) -> Iterator[str]:
     for rank, slots in enumerate(schedule.slots):
         done: set[Action] = set()
         for slot in slots:
             for action in slot:
-                if action.kind == "B" and Action("F", action.microbatch, action.stage) not in done:
-                    yield f"rank {rank} runs {action}, but a B follows its own F in an earlier slot"
+                kind = action.kind
+                before = KINDS[KINDS.index(kind) - 1]
+                if kind != "F" and replace(action, kind=before) not in done:
+                    yield f"rank {rank} runs {action}, but a {kind} follows its {before} in an earlier slot"
             done.update(slot)
 
 
@@ -93,23 +107,13 @@ def _queues(schedule: Schedule) -> Iterator[str]:
 
 
 def _progress(schedule: Schedule) -> Iterator[str]:
-    done: set[Action] = set()
     position = [0] * schedule.num_ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, slots in enumerate(schedule.slots):
-            while position[rank] < len(slots) and not _missing(schedule, rank, position[rank], done):
-                done.update(slots[position[rank]])
-                position[rank] += 1
-                moved = True
+    done: set[Action] = set()
+    for rank, index in possible_order(schedule):
+        position[rank] = index + 1
+        done.update(schedule.slots[rank][index])
     for rank, slots in enumerate(schedule.slots):
-        if position[rank] < len(slots):
-            action, source = _missing(schedule, rank, position[rank], done)[0]
-            yield f"rank {rank} waits for ever to run {action}, but what it needs, {source}, must come first"
-
-
-def _missing(schedule: Schedule, rank: int, index: int, done: set[Action]) -> list[tuple[Action, Action]]:
-    """(action, result that it lacks) of a slot."""
-    pairs = [(action, schedule.source(action)) for action in schedule.slots[rank][index]]
-    return [(action, source) for action, source in pairs if source is not None and source not in done]
+        for slot in slots[position[rank] :][:1]:
+            missing = next(source for source in schedule.sources(slot) if source not in done)
+            action = next(action for action in slot if schedule.source(action) == missing)
+            yield f"rank {rank} waits for ever to run {action}, but what it needs, {missing}, must come first"

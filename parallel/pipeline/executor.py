@@ -1,9 +1,10 @@
 """One rank's walk through a schedule: any schedule, any stages, training and evaluation.
 
 A forward is a generator: it takes its hidden states, runs the stage's phases on a tape and hands on the
-result. A backward takes its gradient, walks that tape and hands on the gradient of what the forward took.
-A pair is two generators stepped in turn. Who sends what to whom follows from the schedule
-(transfers.py); link.py says why nobody waits for ever.
+result. A backward takes its gradient, walks that tape and hands on the gradient of what the forward took;
+weight gradients that are scheduled apart it leaves on the tape. A pair is two generators stepped in
+turn. A slot begins when all that it needs is here, which is what its measured span begins with. Who
+sends what to whom follows from the schedule (transfers.py); link.py says why nobody waits for ever.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from parallel.pipeline.action import Action, Schedule
+from parallel.pipeline.action import Action, Schedule, Slot
+from parallel.pipeline.clock import Clock
 from parallel.pipeline.link import Boundary, Link, Mail
 from parallel.pipeline.overlap import run_pair
 from parallel.pipeline.tape import Direct, OnUnit, Recorder, Steps, Tape, run
+from parallel.pipeline.timeline import Span
 
 
 class Stage(Protocol):
@@ -31,6 +34,19 @@ class Stage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What one walk gave: what the stages had for the caller, by (microbatch, stage), and when."""
+
+    returned: Mapping[tuple[int, int], Any]
+    clock: Clock
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """When this rank's slots ran, in seconds since its walk began. On CUDA this waits for the device."""
+        return self.clock.spans()
+
+
 def execute(
     schedule: Schedule,
     stages: Mapping[int, Stage],
@@ -41,34 +57,34 @@ def execute(
     recompute: bool = False,
     on_enter: OnUnit | None = None,
     on_leave: OnUnit | None = None,
-) -> list[Any]:
-    """Walk this rank's slots; return what its stages had for the caller, by microbatch, then by stage.
+) -> Walked:
+    """Walk this rank's slots.
 
     `stages` are this rank's, by number. `on_enter` hears of every unit that a forward enters, `on_leave`
-    of every unit whose gradients are whole: in the last backward of its stage. A schedule without
-    backwards records nothing. What a stage raises is raised here, without waiting for any other rank.
+    of every unit whose gradients are whole: once for each stage that has it, when the stage's last ones
+    are made. A schedule without backwards records nothing. What a stage raises is raised here, without
+    waiting for any other rank.
     """
     assert len(microbatches) == schedule.num_microbatches
-    actions = list(schedule.actions(link.rank))
-    last = set({action.stage: action for action in actions if action.kind == "B"}.values())
+    ends = {action.stage: action for action in schedule.actions(link.rank) if schedule.is_last(action)}
 
     def recorder(microbatch: int, stage: int) -> Tape | Direct:
-        if not last:
+        if not ends:
             return Direct(on_enter)
-        leaving = on_leave if Action("B", microbatch, stage) in last else None
-        return Tape(recompute=recompute, on_enter=on_enter, on_leave=leaving)
+        end = ends[stage]
+        return Tape(
+            recompute=recompute,
+            on_enter=on_enter,
+            on_leave=on_leave if end.microbatch == microbatch else None,
+        )
 
     walk = _Walk(schedule, stages, microbatches, Mail(schedule, link, boundary), recorder)
-    with torch.set_grad_enabled(bool(last)):
+    clock = Clock(boundary.device)
+    with torch.set_grad_enabled(bool(ends)):
         for index, slot in enumerate(schedule.slots[link.rank]):
-            walk.mail.put_up(index)
-            steps = [walk.steps(action) for action in slot]
-            if len(steps) == 1:
-                run(steps[0])
-            else:
-                run_pair(*steps)
+            walk.run(index, slot, clock)
         walk.mail.finish()
-    return [walk.returned[key] for key in sorted(walk.returned)]
+    return Walked(walk.returned, clock)
 
 
 @dataclass(frozen=True)
@@ -96,15 +112,28 @@ class _Walk:
         self.mail = mail
         self.returned: dict[tuple[int, int], Any] = {}  # by (microbatch, stage)
         self._flights: dict[tuple[int, int], _Flight] = {}
+        self._apart: dict[tuple[int, int], Tape] = {}  # whose weight gradients are to be made
 
-    def steps(self, action: Action) -> Steps:
-        """The generator of an action."""
-        return self._forward(action) if action.kind == "F" else self._backward(action)
+    def run(self, index: int, slot: Slot, clock: Clock) -> None:
+        """Run a slot when all that it needs is here."""
+        self.mail.put_up(index)
+        sources = [self._schedule.source(action) for action in slot]
+        inputs = [None if source is None else self.mail.take(source) for source in sources]
+        begin = clock.begin(slot)
+        steps = [self._steps(action, value) for action, value in zip(slot, inputs, strict=True)]
+        if len(steps) == 1:
+            run(steps[0])
+        else:
+            run_pair(*steps)
+        clock.end(slot, begin)
 
-    def _forward(self, action: Action) -> Steps:
-        key, source = (action.microbatch, action.stage), self._schedule.source(action)
+    def _steps(self, action: Action, value: Tensor | None) -> Steps:
+        by_kind = {"F": self._forward, "B": self._backward, "W": self._weights}
+        return by_kind[action.kind](action, value)
+
+    def _forward(self, action: Action, taken: Tensor | None) -> Steps:
+        key = action.microbatch, action.stage
         tape = self._recorder(*key)
-        taken = None if source is None else self.mail.take(source)
         if taken is not None and isinstance(tape, Tape):
             taken.requires_grad_()
         phases = self._stages[action.stage].phases(tape, self._microbatches[action.microbatch], taken)
@@ -114,12 +143,21 @@ class _Walk:
         if action.stage + 1 < self._schedule.num_stages:
             self.mail.send(action, made.detach())
 
-    def _backward(self, action: Action) -> Steps:
-        flight, source = self._flights.pop((action.microbatch, action.stage)), self._schedule.source(action)
-        if source is not None:
+    def _backward(self, action: Action, gradient: Tensor | None) -> Steps:
+        key = action.microbatch, action.stage
+        flight, apart = self._flights.pop(key), key in self._schedule.apart
+        if gradient is not None:
             assert flight.made is not None
-            flight.tape.root(flight.made, self.mail.take(source))
-        yield from flight.tape.backward()
+            flight.tape.root(flight.made, gradient)
+        yield from flight.tape.backward(weights_apart=apart)
         taken = flight.taken
         if taken is not None:
             self.mail.send(action, torch.zeros_like(taken) if taken.grad is None else taken.grad)
+        if apart:
+            self._apart[key] = flight.tape
+        else:
+            flight.tape.weights()
+
+    def _weights(self, action: Action, _: Tensor | None) -> Steps:
+        self._apart.pop((action.microbatch, action.stage)).weights()
+        yield from ()

@@ -6,6 +6,9 @@ on detached leaves, so its backward is autograd on that phase alone; an exchange
 reverse exchange. The backward is a generator too, and yields when all that is left to do waits for
 the wire. Nothing is kept on a module: two microbatches can be in flight at once.
 
+Weight gradients are nobody's input, so the backward leaves them for when it waits for the wire, for a
+unit later at most, and the last ones, or all, to `weights`.
+
 A model names its *units* (embedding, blocks, head) as it enters them. `on_enter` hears of it at once, to
 wait for parameters that are still being gathered; `on_leave` hears of it in the backward when the unit's
 gradients are whole, to begin their reduction.
@@ -13,15 +16,17 @@ gradients are whole, to begin their reduction.
 `Direct` offers the same calls through ordinary autograd, for inference and for use in a notebook.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from parallel.collectives import Splits, Wire, all_to_all, start_all_to_all
+from parallel.linear import Queue, deferring
 
 Steps = Generator[None, None, Any]
 OnUnit = Callable[[str], None]
@@ -127,13 +132,19 @@ class _Arrival:
 
 
 class Tape:
-    """The record of one microbatch on one stage; its backward can be walked once."""
+    """The record of one microbatch on one stage: `backward` once, and after it `weights`."""
 
     def __init__(
-        self, *, recompute: bool = False, on_enter: OnUnit | None = None, on_leave: OnUnit | None = None
+        self,
+        *,
+        recompute: bool = False,
+        on_enter: OnUnit | None = None,
+        on_leave: OnUnit | None = None,
     ) -> None:
         self._records: dict[int, _Compute | _Exchange | _Unit] = {}  # by their number, in order
         self._recompute, self._on_enter, self._on_leave = recompute, on_enter, on_leave
+        self._later: Queue = deque()  # weight gradients, and the leaving of units whose last ones they are
+        self._left = 0  # units that are left in that queue
 
     def _record(self, record: _Compute | _Exchange | _Unit) -> None:
         self._records[len(self._records)] = record
@@ -146,7 +157,7 @@ class Tape:
 
     def compute(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Run a phase on leaves and record it. With recomputation its graph is thrown away."""
-        with torch.enable_grad():
+        with torch.enable_grad(), deferring(self._later):
             returned = function(*inputs)
         values = returned if isinstance(returned, tuple) else (returned,)
         results = _differentiable(values)
@@ -168,8 +179,8 @@ class Tape:
             seed = gradient if isinstance(gradient, Tensor) else torch.full_like(value, gradient)
             _add_gradient(value, seed)
 
-    def backward(self) -> Steps:
-        """Walk the records backwards; weight and input gradients are accumulated where they belong.
+    def backward(self, *, weights_apart: bool = False) -> Steps:
+        """Walk the records backwards. With `weights_apart` no weight gradient is made on the way.
 
         The order depends on the records alone, never on timing, so that stepping this generator
         beside another one changes no bit of any gradient.
@@ -179,6 +190,8 @@ class Tape:
         while self._records:
             number = self._last_ready(readers, in_flight)
             if number is None:
+                if not weights_apart:
+                    self.weights()
                 yield
                 _, leaf, wire = in_flight.pop(0)
                 _add_gradient(leaf, wire.wait())
@@ -186,8 +199,9 @@ class Tape:
             record = self._records.pop(number)
             readers.subtract(id(leaf) for leaf in record.inputs)
             if isinstance(record, _Unit):
-                if self._on_leave is not None:
-                    self._on_leave(record.name)
+                if self._left and not weights_apart:  # a whole unit has passed with nothing to wait for
+                    self.weights()
+                self._leave(record.name)
             elif isinstance(record, _Exchange):
                 (leaf,), (output,) = record.inputs, record.outputs
                 # An unused output still takes part: every rank must make the same exchanges.
@@ -195,9 +209,36 @@ class Tape:
                 wire = start_all_to_all(gradient, record.splits.reversed())
                 in_flight.append((number, leaf, wire))
             else:
-                _compute_backward(record)
+                self._compute_backward(record)
         for _, leaf, wire in in_flight:
             _add_gradient(leaf, wire.wait())
+
+    @torch.no_grad()
+    def weights(self) -> None:
+        """Make the weight gradients that are left, in the backward's order."""
+        self._left = 0
+        while self._later:
+            self._later.popleft()()
+
+    def _leave(self, unit: str) -> None:
+        if self._on_leave is not None:
+            self._later.append(partial(self._on_leave, unit))
+        self._left += 1
+
+    def _compute_backward(self, record: _Compute) -> None:
+        results = record.results
+        if results is None:
+            with torch.enable_grad(), deferring(self._later):
+                returned = record.function(*record.arguments)
+            values = returned if isinstance(returned, tuple) else (returned,)
+            results = _differentiable(values)
+        pairs = [
+            (result, leaf.grad)
+            for result, leaf in zip(results, record.outputs, strict=True)
+            if leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
 
     def _last_ready(self, readers: Counter[int], in_flight: list[tuple[int, Tensor, Wire]]) -> int | None:
         """The last record whose outputs have all their gradient; a unit's, when all behind it is done."""
@@ -216,22 +257,6 @@ def _differentiable(values: tuple[Any, ...]) -> list[Tensor]:
     """The results that a gradient can reach, each once."""
     found = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
     return list({id(value): value for value in found}.values())
-
-
-def _compute_backward(record: _Compute) -> None:
-    results = record.results
-    if results is None:
-        with torch.enable_grad():
-            returned = record.function(*record.arguments)
-        values = returned if isinstance(returned, tuple) else (returned,)
-        results = _differentiable(values)
-    pairs = [
-        (result, leaf.grad)
-        for result, leaf in zip(results, record.outputs, strict=True)
-        if leaf.grad is not None
-    ]
-    if pairs:
-        torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
 
 
 def _add_gradient(leaf: Tensor, gradient: Tensor) -> None:

@@ -7,53 +7,10 @@ import pytest
 
 from launch.cases import sweep
 from launch.shrink import changes, shrink
-from moe.config import DataConfig, LayoutConfig, ModelConfig, RopeConfig, RunConfig, TrainConfig
+from moe.config import DataConfig, LayoutConfig, ModelConfig, RunConfig, TrainConfig
 from moe.rules import validate
+from tests.released import V2_LITE, V3
 
-YARN = RopeConfig(kind="yarn", factor=40.0, mscale=1.0, mscale_all_dim=1.0)
-V3 = ModelConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_layers=61,
-    num_dense_layers=3,
-    num_mtp_layers=1,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_experts=256,
-    top_k=8,
-    num_groups=8,
-    top_groups=4,
-    routed_scaling_factor=2.5,
-    num_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    rope=YARN,
-    init_std=0.006,
-)
-V2_LITE = replace(
-    V3,
-    vocab_size=102400,
-    hidden_size=2048,
-    num_layers=27,
-    num_dense_layers=1,
-    num_mtp_layers=0,
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    num_experts=64,
-    num_shared_experts=2,
-    top_k=6,
-    num_groups=1,
-    top_groups=1,
-    score_function="softmax",
-    group_score="max",
-    normalize_top_k=False,
-    routed_scaling_factor=1.0,
-    num_heads=16,
-    q_lora_rank=None,
-)
 V2 = replace(V2_LITE, num_experts=160, num_groups=8, top_groups=3, q_lora_rank=1536, num_heads=128)
 KEPT = (
     *("num_groups", "top_groups", "score_function", "group_score", "normalize_top_k", "rope", "rms_norm_eps"),

@@ -69,8 +69,8 @@ CASES = {
 
 
 def build(case: Case, groups: Groups, dtype: torch.dtype = torch.float32) -> Transformer:
-    part = split(case.config.num_layers, groups.layout.pp)[groups.index("pp")]
-    model = Transformer(case.config, case.balance, groups, dtype, part=part)
+    part = split(case.config, groups.layout.pp, LENGTH)[groups.index("pp")]
+    model = Transformer(case.config, case.balance, groups, dtype, parts=[part])
     for _, router in model.routers():
         router.bias.copy_(torch.tensor(case.bias))
         router.last_counts.copy_(torch.arange(8))

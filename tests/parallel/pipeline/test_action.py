@@ -4,13 +4,17 @@ import pytest
 
 from parallel.errors import UserError
 from parallel.pipeline.action import Action, Schedule, parse
+from parallel.pipeline.dualpipe import dualpipe
+from parallel.pipeline.dualpipev import dualpipev
 from parallel.pipeline.gpipe import forward_only, gpipe
+from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_f_one_b import one_f_one_b
+from parallel.pipeline.zb_h1 import zb_h1
 
 BIDIRECTIONAL = """
 bidirectional: 2 microbatches
-rank 0, stages 0 1: F0@0 F1@1 B1@1 B0@0
-rank 1, stages 0 1: F1@0 F0@1 B0@1 B1@0
+rank 0, stages 0 1: F0 F1' B1' B0
+rank 1, stages 0 1: F1 F0' B0' B1
 """.strip()
 
 
@@ -24,7 +28,16 @@ def test_text() -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [gpipe(2, 3), forward_only(3, 2), one_f_one_b(3, 12), one_f_one_b(4, 5, overlap=True), gpipe(2, 0)],
+    [
+        *(gpipe(2, 3), gpipe(2, 0), one_f_one_b(3, 12), one_f_one_b(4, 5, overlap=True)),
+        *(
+            forward_only([(0, 2), (1,)], 2),
+            interleaved(2, 4, 3),
+            zb_h1(3, 5),
+            dualpipe(4, 8),
+            dualpipev(2, 4),
+        ),
+    ],
     ids=lambda schedule: schedule.name,
 )
 def test_parse_reads_back_what_is_written(schedule: Schedule) -> None:
@@ -32,11 +45,23 @@ def test_parse_reads_back_what_is_written(schedule: Schedule) -> None:
 
 
 def test_parse_knows_every_part() -> None:
-    schedule = parse("mine: 12 microbatches\nrank 0, stages 0 2: F11@2&B3@0 B11@2\nrank 1, stages 1: F7")
+    schedule = parse("mine: 12 microbatches\nrank 0, stages 0 2: F11'&B3 B11' W3\nrank 1, stages 1: F7")
     assert schedule.name == "mine" and schedule.num_microbatches == 12
     assert (schedule.num_ranks, schedule.num_stages) == (2, 3)
-    assert schedule.slots[0] == ((Action("F", 11, 2), Action("B", 3, 0)), (Action("B", 11, 2),))
-    assert list(schedule.actions(0)) == [Action("F", 11, 2), Action("B", 3, 0), Action("B", 11, 2)]
+    forward, backward, other, weights = (
+        *(Action("F", 11, 2), Action("B", 3, 0)),
+        *(Action("B", 11, 2), Action("W", 3, 0)),
+    )
+    assert schedule.slots[0] == ((forward, backward), (other,), (weights,))
+    assert list(schedule.actions(0)) == [forward, backward, other, weights]
+    assert schedule.apart == {(3, 0)}
+    assert [schedule.is_last(each) for each in (forward, backward, other, weights)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert schedule.serial().slots[0] == ((forward,), (backward,), (other,), (weights,))
     assert schedule.slots[1] == ((Action("F", 7, 1),),)
 
 
@@ -46,6 +71,7 @@ def test_what_an_action_begins_with() -> None:
     assert schedule.source(Action("F", 0, 2)) == Action("F", 0, 1)
     assert schedule.source(Action("B", 0, 0)) == Action("B", 0, 1)
     assert schedule.source(Action("B", 0, 2)) is None
+    assert schedule.source(Action("W", 0, 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +84,7 @@ def test_what_an_action_begins_with() -> None:
         ),
         ("a: 1 microbatches\nrank 0, stages 0: X0", "must be written like `F0`.* but is `X0`"),
         ("a: 1 microbatches\nrank 0, stages 0: F0&", "but is `F0&`"),
-        ("a: 1 microbatches\nrank 0, stages 0 1: F0", "but is `F0`"),
+        ("a: 1 microbatches\nrank 0, stages 4 7: F0''", "but is `F0''` on a rank with stages 4 7"),
     ],
 )
 def test_parse_names_what_is_wrong(text: str, sentence: str) -> None:

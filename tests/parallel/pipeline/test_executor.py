@@ -48,8 +48,8 @@ def train(schedule: Schedule, stages: dict[int, ToyStage], link: Link, seed: int
     for stage in stages.values():
         stage.zero_grad()
     microbatches = toy_microbatches(schedule.num_microbatches, seed)
-    returned = execute(schedule, stages, microbatches, link=link, boundary=BOUNDARY, **options)
-    losses = [value for value in returned if value is not None]
+    returned = execute(schedule, stages, microbatches, link=link, boundary=BOUNDARY, **options).returned
+    losses = [loss for _, loss in sorted(returned.items(), key=lambda pair: pair[0]) if loss is not None]
     return gradients(stages) | {f"loss {i}": loss for i, loss in enumerate(losses)}
 
 
@@ -100,12 +100,13 @@ def test_every_schedule_equals_one_rank_to_the_bit(num_ranks: int, beside: int) 
 
 def evaluate(rank: int, world_size: int) -> tuple[list[Any], bool]:
     place = toy_place(rank, world_size, world_size)
-    schedule, entered = forward_only(world_size, 5), []
+    schedule, entered = forward_only([(r,) for r in range(world_size)], 5), []
     link = connect(schedule, place.pipeline, torch.device("cpu"))
     stages = toy_stages(world_size, [link.rank], OWN_ROWS)
-    losses = execute(
+    walked = execute(
         schedule, stages, toy_microbatches(5), link=link, boundary=BOUNDARY, on_enter=entered.append
     )
+    losses = [walked.returned[number, link.rank] for number in range(5)]
     begin, end = CUTS[world_size][link.rank]
     assert entered == [str(layer) for layer in range(begin, end)] * 5
     assert torch.is_grad_enabled()
@@ -132,10 +133,10 @@ def test_an_evaluation_is_recorded_by_nobody() -> None:
             yield
             return None, microbatch
 
-    schedule = forward_only(1, 3)
-    assert execute(schedule, {0: Probe()}, [7, 8, 9], link=ALONE, boundary=BOUNDARY) == [7, 8, 9]
-    backwards = parse("mine: 3 microbatches\nrank 0, stages 0: F2 F1 F0")
-    assert execute(backwards, {0: Probe()}, [7, 8, 9], link=ALONE, boundary=BOUNDARY) == [7, 8, 9]
+    schedule = forward_only([(0,)], 3)
+    for chosen in (schedule, parse("mine: 3 microbatches\nrank 0, stages 0: F2 F1 F0")):
+        walked = execute(chosen, {0: Probe()}, [7, 8, 9], link=ALONE, boundary=BOUNDARY)
+        assert walked.returned == {(0, 0): 7, (1, 0): 8, (2, 0): 9}
 
 
 @pytest.mark.parametrize(("recompute", "calls"), [(False, [1, 2]), (True, [1, 1, 2, 2])])
@@ -158,14 +159,14 @@ def test_recomputation_reaches_every_tape(overlap: bool, recompute: bool, calls:
 # Ranks with several stages, and stages on several ranks.
 
 TURN = """turn: 3 microbatches
-rank 0, stages 0 2: F0@0 F1@0 F0@2 B0@2 F2@0 F1@2&B0@0 B1@2 F2@2&B1@0 B2@2 B2@0
+rank 0, stages 0 2: F0 F1 F0' B0' F2 F1'&B0 B1' F2'&B1 B2' B2
 rank 1, stages 1: F0 F1 B0 F2 B1 B2"""
 BOTH_WAYS = """both ways: 4 microbatches
-rank 0, stages 0 1: F0@0 F1@0 F2@1 F3@1&B2@1 B0@0 B3@1 B1@0
-rank 1, stages 0 1: F2@0 F3@0 F0@1 F1@1&B0@1 B2@0 B1@1 B3@0"""
+rank 0, stages 0 1: F0 F1 F2' F3'&B2' B0 B3' B1
+rank 1, stages 0 1: F2 F3 F0' F1'&B0' B2 B1' B3"""
 V = """v: 2 microbatches
-rank 0, stages 0 3: F0@0 F1@0 F0@3 B0@3 F1@3&B0@0 B1@3 B1@0
-rank 1, stages 1 2: F0@1 F0@2 F1@1 B0@2 B0@1 F1@2 B1@2 B1@1"""
+rank 0, stages 0 3: F0 F1 F0' B0' F1'&B0 B1' B1
+rank 1, stages 1 2: F0 F0' F1 B0' B0 F1' B1' B1"""
 
 
 def follow(rank: int, world_size: int, text: str, num_stages: int) -> Found:
@@ -324,7 +325,7 @@ def test_sent_results_are_let_go_when_they_have_left(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(link_module.dist, "isend", isend)
     monkeypatch.setattr(link_module, "_other_end", lambda group: 1)
-    schedule = forward_only(2, 5)
+    schedule = forward_only([(0,), (1,)], 5)
     link = Link(0, dict.fromkeys(channels(schedule)))  # type: ignore[arg-type]
     execute(schedule, {0: Source()}, toy_microbatches(5), link=link, boundary=BOUNDARY)
     assert held == [0, 1, 1, 1, 1]
@@ -366,4 +367,6 @@ def test_hidden_states_must_fit_the_boundary() -> None:
             return torch.zeros(4, 7), None
 
     with pytest.raises(AssertionError, match=r"F0@0 made \(4, 7\) of torch.float32, but the boundary is"):
-        execute(forward_only(2, 1), {0: Wide()}, toy_microbatches(1), link=ALONE, boundary=BOUNDARY)
+        execute(
+            forward_only([(0,), (1,)], 1), {0: Wide()}, toy_microbatches(1), link=ALONE, boundary=BOUNDARY
+        )

@@ -82,8 +82,8 @@ class Listener:
             yield
 
     def _backward(self, original):
-        def backward(tape: Tape) -> Steps:
-            return self._named(f"B{self._tapes.index(tape)}", original(tape))
+        def backward(tape: Tape, **options: bool) -> Steps:
+            return self._named(f"B{self._tapes.index(tape)}", original(tape, **options))
 
         return backward
 

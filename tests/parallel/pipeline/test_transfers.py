@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 
 from parallel.pipeline.action import Action, Schedule, parse
-from parallel.pipeline.gpipe import forward_only, gpipe
+from parallel.pipeline.gpipe import forward_only
 from parallel.pipeline.one_f_one_b import one_f_one_b
 from parallel.pipeline.transfers import Channel, Message, channels, transfers
+from tests.parallel.pipeline.every import schedules
 
 
 def test_sends_and_receives_of_1f1b() -> None:
@@ -32,11 +33,11 @@ def test_sends_and_receives_of_1f1b() -> None:
 
 
 def test_a_forward_only_schedule_has_no_way_back() -> None:
-    assert channels(forward_only(3, 2)) == [Channel(0, 1, "F"), Channel(1, 2, "F")]
+    assert channels(forward_only([(0,), (1,), (2,)], 2)) == [Channel(0, 1, "F"), Channel(1, 2, "F")]
 
 
 def test_a_result_that_stays_on_its_rank_is_not_sent() -> None:
-    lines = ["rank 0, stages 0 3: F0@0 F0@3 B0@3 B0@0", "rank 1, stages 1 2: F0@1 F0@2 B0@2 B0@1"]
+    lines = ["rank 0, stages 0 3: F0 F0' B0' B0", "rank 1, stages 1 2: F0 F0' B0' B0"]
     schedule = parse("\n".join(["v: 1 microbatches", *lines]))
     assert channels(schedule) == [Channel(*ends, kind) for ends, kind in product([(0, 1), (1, 0)], "BF")]
     assert transfers(schedule, 1).sends.keys() == {Action("F", 0, 2), Action("B", 0, 1)}
@@ -83,16 +84,16 @@ def stuck(schedule: Schedule, group_of: Callable[[Channel], Hashable], reverse: 
     return any(queues.values()) or position != [len(slots) for slots in schedule.slots]
 
 
-SIZES = list(product((1, 2, 3, 4, 5, 8), (1, 2, 3, 5, 8, 13)))
+SIZES = list(product((1, 2, 3, 4, 5, 8), (1, 2, 3, 5, 8, 13, 16)))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("ranks", "microbatches"), SIZES)
 def test_channels_of_their_own_never_deadlock(ranks: int, microbatches: int, reverse: bool) -> None:
-    schedules = [gpipe(ranks, microbatches), forward_only(ranks, microbatches)]
-    schedules += [one_f_one_b(ranks, microbatches, overlap=overlap) for overlap in (False, True)]
-    for schedule in schedules:
-        assert not stuck(schedule, lambda channel: channel, reverse)
+    placements = [[(rank,) for rank in range(ranks)], [(rank, 2 * ranks - 1 - rank) for rank in range(ranks)]]
+    forwards = [forward_only(stages, microbatches) for stages in placements]
+    for schedule in (*schedules(ranks, microbatches), *forwards):
+        assert not stuck(schedule, lambda channel: channel, reverse), schedule.name
 
 
 def test_one_group_for_both_directions_would_deadlock() -> None:

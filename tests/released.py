@@ -1,0 +1,46 @@
+"""DeepSeek's released shapes, as in their `config.json`."""
+
+from moe.config import ModelConfig, RopeConfig
+
+V3 = ModelConfig(
+    vocab_size=129280,
+    hidden_size=7168,
+    num_layers=61,
+    num_dense_layers=3,
+    num_mtp_layers=1,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_experts=256,
+    top_k=8,
+    num_groups=8,
+    top_groups=4,
+    routed_scaling_factor=2.5,
+    num_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    rope=RopeConfig(kind="yarn", factor=40.0, mscale=1.0, mscale_all_dim=1.0),
+    init_std=0.006,
+)
+V2_LITE = ModelConfig(
+    vocab_size=102400,
+    hidden_size=2048,
+    num_layers=27,
+    num_dense_layers=1,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    num_experts=64,
+    num_shared_experts=2,
+    top_k=6,
+    score_function="softmax",
+    group_score="max",
+    normalize_top_k=False,
+    num_heads=16,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    rope=RopeConfig(kind="yarn", factor=40.0, mscale=0.707, mscale_all_dim=0.707),
+)

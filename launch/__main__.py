@@ -72,6 +72,25 @@ COMMANDS = {
         ),
         example="switchyard verify recipe=tiny --sweep --ranks 4 --shrink",
     ),
+    "schedule": Command(
+        target="launch.schedule:main",
+        usage="schedule NAME --ranks P --microbatches M [--cost f=1,b=2,w=1,a2a=0] [--compare]",
+        does="print, price and draw a pipeline schedule, or compare them all",
+        details=(
+            "NAME                 gpipe, 1f1b, 1f1b-overlap, interleaved, zb-h1, dualpipe, dualpipev\n"
+            "--ranks P            of the pipeline\n"
+            "--microbatches M     of a step\n"
+            "--stages-per-rank V  of interleaved (default: 2)\n"
+            "--cost               of a microbatch on a stage: forward f, backward b, of that the weight\n"
+            "                     gradients w, all-to-all a2a of either, p2p from stage to stage\n"
+            "--compare            all that can run with P and M, side by side; then NAME may be left out,\n"
+            "                     and costs are those of 1/P of the model, however many stages that is\n"
+            "--json [FILE]        numbers and orders for machines; without FILE, nothing else is printed\n"
+            "--out FOLDER         of pictures and a trace for ui.perfetto.dev (default: schedules; none if\n"
+            "                     JSON is printed)"
+        ),
+        example="switchyard schedule dualpipe --ranks 8 --microbatches 20 --cost f=1,b=2,w=1,a2a=0.6",
+    ),
     "bench balance": Command(
         target="launch.bench.balance:main",
         usage="bench balance [--steps N] [--json FILE]",
@@ -82,6 +101,35 @@ COMMANDS = {
             "--json FILE  writes the rows for machines"
         ),
         example="switchyard bench balance --json balance.json",
+    ),
+    "bench overlap": Command(
+        target="launch.bench.overlap:main",
+        usage="bench overlap [--rounds N] [--microbatches M] [--rates N] [--json FILE]",
+        does="measure how much of the all-to-all is hidden, over a real slow link",
+        details=(
+            "Makes two hosts of network namespaces, joined by a link of limited rate, and trains across\n"
+            "them in the serial and in the overlapped order, without a pipeline and with DualPipe.\n"
+            "Needs Linux and root, and takes some minutes.\n\n"
+            "--rounds N        measurements of each kind, of which medians are shown (default: 5)\n"
+            "--microbatches M  of a step; DualPipe needs 4 (default: 8)\n"
+            "--rates N         1: the link takes as long as compute; 2: half as long too; 3: twice too\n"
+            "--json FILE       writes the rows for machines"
+        ),
+        example="switchyard bench overlap --json overlap.json",
+    ),
+    "bench schedule": Command(
+        target="launch.bench.schedule:main",
+        usage="bench schedule [--ranks P] [--microbatches M] [--rounds N] [--json FILE]",
+        does="measure whether schedules take as long as the simulator says",
+        details=(
+            "Walks every schedule on real ranks whose stages sleep instead of computing, beside the\n"
+            "simulator fed with what one rank alone takes, and draws both into schedules/.\n\n"
+            "--ranks P         of the pipeline (default: 8)\n"
+            "--microbatches M  of a step (default: 16)\n"
+            "--rounds N        walks of each, of which the median counts (default: 5)\n"
+            "--json FILE       writes the rows for machines"
+        ),
+        example="switchyard bench schedule --ranks 4 --microbatches 8",
     ),
     "bench checkpoint": Command(
         target="launch.bench.checkpoint:main",

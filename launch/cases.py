@@ -5,19 +5,23 @@ case to case, so that each schedule meets it on every axis without doubling the 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe.config import LayoutConfig, RunConfig
+from moe.config import LayoutConfig, RunConfig, ScheduleName
 from moe.rules import validate
 from parallel.errors import UserError
 from parallel.layout import Layout, divisors
 
 Recompute = Literal["none", "full"]
 RECOMPUTE: tuple[Recompute, Recompute] = ("none", "full")
-SCHEDULES: dict[bool, tuple[tuple[Literal["1f1b", "gpipe"], bool], ...]] = {
-    False: (("1f1b", True), ("1f1b", False)),  # one stage: only `layout.overlap` makes a difference
-    True: (("1f1b", True), ("1f1b", False), ("gpipe", False)),
+SCHEDULES: dict[bool, tuple[tuple[ScheduleName, bool], ...]] = {  # and `layout.overlap`
+    False: (("1f1b", True), ("1f1b", False)),  # one stage: only the overlap makes a difference
+    True: (
+        *(("1f1b", True), ("1f1b", False), ("gpipe", False), ("zb-h1", False), ("interleaved", False)),
+        *(("dualpipe", True), ("dualpipe", False), ("dualpipev", True)),
+    ),
 }
 
 
@@ -92,7 +96,7 @@ def sweep(config: RunConfig, world_size: int, *, full: bool) -> tuple[list[Case]
     """Cases of every layout that takes exactly this many ranks, and how many were left out and why.
 
     `full`: every schedule with and without recomputation. Microbatches are lowered where the batch
-    asks for it.
+    asks for it, and raised where a schedule does.
     """
     validate(replace(config, layout=LayoutConfig()))  # what fails here is no matter of the layout
     cases: list[Case] = []
@@ -103,13 +107,13 @@ def sweep(config: RunConfig, world_size: int, *, full: bool) -> tuple[list[Case]
     indivisible, dropping = left_out
     number = 0
     for layout in layouts(world_size):
-        fitted = _fit(config, layout)
-        if fitted is None:
+        found = list(_cases(config, layout, number, full))
+        if not found:
             left_out[indivisible] += 1
         elif not _drops_alike(config, layout):
             left_out[dropping] += 1
         else:
-            cases += _cases(fitted, number, full)
+            cases += found
             number += 1
     return cases, {reason: count for reason, count in left_out.items() if count}
 
@@ -125,25 +129,27 @@ def layouts(world_size: int) -> Iterator[Layout]:
                         yield Layout(tp=tp, cp=cp, dp=stage // (tp * cp), pp=pp, ep=ep, etp=etp)
 
 
-def _cases(layout: LayoutConfig, number: int, full: bool) -> Iterator[Case]:
+def _cases(config: RunConfig, layout: Layout, number: int, full: bool) -> Iterator[Case]:
     for index, (schedule, overlap) in enumerate(SCHEDULES[layout.pp > 1]):
-        for recompute in RECOMPUTE if full else (RECOMPUTE[(number + index) % 2],):
-            scheduled = replace(layout, schedule=schedule, overlap=overlap)
-            yield Case(layout=scheduled, recompute=recompute)
+        fitted = _fit(config, LayoutConfig(**layout.degrees, schedule=schedule, overlap=overlap))
+        if fitted is not None:
+            for recompute in RECOMPUTE if full else (RECOMPUTE[(number + index) % 2],):
+                yield Case(layout=fitted, recompute=recompute)
 
 
-def _fit(config: RunConfig, layout: Layout) -> LayoutConfig | None:
-    """A layout with as many microbatches as the recipe's batch allows, at most the recipe's; or None."""
+def _fit(config: RunConfig, layout: LayoutConfig) -> LayoutConfig | None:
+    """A layout with as many microbatches as the recipe has, else fewer, else more; None if none fit."""
+    assert layout.dp is not None
     share, left = divmod(config.train.batch_size, layout.dp)
     if left or not share:
         return None
-    most = max(count for count in divisors(share) if count <= config.layout.microbatches)
-    fitted = LayoutConfig(**layout.degrees, microbatches=most)
-    try:
-        validate(replace(config, layout=fitted))
-    except UserError:
-        return None
-    return fitted
+    wanted = config.layout.microbatches
+    for count in sorted(divisors(share), key=lambda count: (count > wanted, abs(count - wanted))):
+        fitted = replace(layout, microbatches=count)
+        with suppress(UserError):
+            validate(replace(config, layout=fitted))
+            return fitted
+    return None
 
 
 def _drops_alike(config: RunConfig, layout: Layout) -> bool:

@@ -43,7 +43,7 @@ def rank_command(command: str, folder: Path) -> list[str]:
     # -P keeps whatever lies in the current folder from standing in for a module; a checkout that is
     # not installed is found only there.
     path = [] if Path.cwd() == ROOT else ["-P"]
-    return [sys.executable, *path, "-m", "launch", command, AS_RANK, str(folder)]
+    return [sys.executable, *path, "-m", "launch", *command.split(), AS_RANK, str(folder)]
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:

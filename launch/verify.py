@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from launch import compose
 from launch.cases import Plan, single, sweep
+from launch.output import check_json
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from launch.shrink import changes, shrink
 from moe.config import LayoutConfig, RunConfig
@@ -116,10 +117,7 @@ def _parse(arguments: Sequence[str], world_size: int | None) -> tuple[argparse.N
         raise UserError("`--sweep` takes every layout of so many ranks, but has no number: add `--ranks 4`")
     if options.full and not options.sweep:
         raise UserError("`--full` says how to sweep, but `--sweep` is not given: add it")
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(
-            f"`--json` must lie in an existing folder, but {options.json} does not: make it first"
-        )
+    check_json(options.json)
     return options, rest
 
 

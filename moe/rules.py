@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from moe.config import ModelConfig, RunConfig
 from parallel.errors import UserError
 from parallel.layout import Layout, alternatives, length_multiple
+from parallel.pipeline.schedules import require_numbers
 
 Config = TypeVar("Config")
 
@@ -82,6 +83,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     layout = _layout(config, world_size)
     model, batch = config.model, config.train.batch_size
     _validate_cuts(config, layout)
+    _validate_schedule(config, layout)
     _validate_engine(config, layout)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
@@ -151,10 +153,18 @@ def _validate_cuts(config: RunConfig, layout: Layout) -> None:
             f"`data.sequence_length` must be a multiple of {rule}, but {length} is not a multiple of "
             f"{multiple}: use {' or '.join(str(each) for each in near)}"
         )
-    if layout.pp > model.num_layers + 1:
+
+
+def _validate_schedule(config: RunConfig, layout: Layout) -> None:
+    """What a schedule asks of ranks, microbatches and layers."""
+    wanted, model = config.layout, config.model
+    require_numbers(wanted.schedule, layout.pp, wanted.microbatches, wanted.stages_per_rank)
+    each = {"interleaved": wanted.stages_per_rank, "dualpipev": 2}.get(wanted.schedule, 1)
+    if layout.pp * each > model.num_layers + 1:
+        rule = "`layout.pp`" if each == 1 else f"`layout.pp` x {each} stages of `{wanted.schedule}`"
         raise UserError(
-            "`layout.pp` must not exceed `model.num_layers` + 1 (the head may stand alone), but "
-            f"{layout.pp} > {model.num_layers + 1}: use at most {model.num_layers + 1}"
+            f"{rule} must not exceed `model.num_layers` + 1 (the head may stand alone), but "
+            f"{layout.pp * each} > {model.num_layers + 1}: use at most {(model.num_layers + 1) // each} ranks"
         )
 
 
@@ -223,7 +233,7 @@ _POSITIVE = (
     *("model.v_head_dim", "model.rms_norm_eps", "model.rope.factor", "model.rope.original_context"),
     *("model.rope.beta_fast", "model.rope.beta_slow"),
     *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
-    *("layout.microbatches", "cluster.gpus_per_node"),
+    *("layout.microbatches", "layout.stages_per_rank", "cluster.gpus_per_node"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
     *("telemetry.window", "telemetry.log_every", "launch.threads"),
 )

@@ -37,12 +37,17 @@ def deferring(queue: Queue) -> Iterator[None]:
         _queue.reset(token)
 
 
-def _make(queue: Queue | None, gradient: Callable[[], None]) -> None:
-    """Now, or later where there is a queue."""
+def queue_here() -> Queue | None:
+    """Where the products that are being recorded put their weights' gradients; None: nowhere."""
+    return _queue.get()
+
+
+def now_or_later(queue: Queue | None, work: Callable[[], None]) -> None:
+    """Do it, or put it where weights' gradients wait."""
     if queue is None:
-        gradient()
+        work()
     else:
-        queue.append(gradient)
+        queue.append(work)
 
 
 def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: Tensor) -> None:
@@ -59,7 +64,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.weight, ctx.queue = weight, _queue.get()
+        ctx.weight, ctx.queue = weight, queue_here()
         return F.linear(rows, weight)
 
     @staticmethod
@@ -70,8 +75,7 @@ class _Product(torch.autograd.Function):
             return grad_rows, None
         if not hasattr(weight, "main_grad"):
             return grad_rows, grad.flatten(0, -2).t() @ rows.flatten(0, -2)
-        # The very tensor is kept, not a view: else autograd might take its memory to add up another's.
-        _make(ctx.queue, partial(add_weight_gradient, weight, None, grad, rows))
+        now_or_later(ctx.queue, partial(add_weight_gradient, weight, None, grad, rows))
         return grad_rows, None
 
 
@@ -80,7 +84,7 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
         assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
         ctx.save_for_backward(rows)
-        ctx.counts, ctx.weight, ctx.queue = counts, weight, _queue.get()
+        ctx.counts, ctx.weight, ctx.queue = counts, weight, queue_here()
         out = rows.new_empty(rows.shape[0], weight.shape[1])
         for expert, begin, end in _segments(counts):
             torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
@@ -97,7 +101,7 @@ class _GroupedProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[2]:
             return grad_rows, None, None
         if hasattr(weight, "main_grad"):
-            _make(ctx.queue, partial(_add_expert_gradients, weight, segments, grad, rows))
+            now_or_later(ctx.queue, partial(_add_expert_gradients, weight, segments, grad, rows))
             return grad_rows, None, None
         grad_weight = torch.zeros_like(weight)
         for expert, begin, end in segments:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.bench.output import parse, write
+from launch.bench.output import parse
 from launch.compose import from_recipe
+from launch.output import write_json
 from moe.config import BalanceConfig, RunConfig
 from moe.data.corpus import Corpus, prepare
 from moe.data.loader import Loader
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     for row in result["rows"]:
         print(f"  bias {row['bias']:<8} MaxVio first step {row['first']:6.3f}   tail {row['tail']:6.3f}")
     print(f"  tail with the bias / without: {result['ratio']:.3f}")
-    write(options, result)
+    write_json(options.json, result)
     return 0
 
 

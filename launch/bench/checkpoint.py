@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from launch.bench.output import parse, write
+from launch.bench.output import parse
 from launch.compose import from_recipe
+from launch.output import write_json
 from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
             f"  {row['save']:<12} step {row['step_seconds']:.3f} s   stall {row['stall_seconds']:.3f} s "
             f"= {row['stall_share']:.2%} of the interval   cost {row['cost_share']:+.2%}"
         )
-    write(options, result)
+    write_json(options.json, result)
     return 0
 
 

@@ -1,12 +1,10 @@
 """What every benchmark's command line shares: `--steps`, `--json FILE`, and the sentences about them."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from moe.telemetry.sinks import replace_file
+from launch.output import check_json
 from parallel.errors import UserError
 
 
@@ -22,14 +20,5 @@ def parse(name: str, arguments: Sequence[str], **defaults: int) -> argparse.Name
             raise UserError(
                 f"`--{option}` must be at least 1, but is {getattr(options, option)}: use {default}"
             )
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(
-            f"`--json` must lie in an existing folder, but {options.json} does not: make it first"
-        )
+    check_json(options.json)
     return options
-
-
-def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the result where `--json` says, if it was given."""
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=2).encode())

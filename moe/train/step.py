@@ -180,15 +180,18 @@ class Trainer:
         return table
 
 
-def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
-    """This rank's stages with fresh weights, the same under every layout, and what trains them."""
-    settings = config.train
-    dtype = DTYPES[settings.precision]
+def make_model(config: RunConfig, groups: Groups) -> Transformer:
+    """This rank's stages with fresh weights, the same under every layout."""
     schedule = make_schedule(config.layout, config.layout.microbatches)
     stages = split(config.model, schedule.num_stages, config.data.sequence_length)
     parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
-    model = Transformer(config.model, config.balance, groups, dtype, settings.seed, parts)
-    return Trainer(model, config, groups, num_domains, device)
+    dtype = DTYPES[config.train.precision]
+    return Transformer(config.model, config.balance, groups, dtype, config.train.seed, parts)
+
+
+def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
+    """This rank's stages, and what trains them."""
+    return Trainer(make_model(config, groups), config, groups, num_domains, device)
 
 
 def open_loader(shards: TokenShards, config: RunConfig) -> Loader:

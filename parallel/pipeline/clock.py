@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from parallel.pipeline.action import Slot
-from parallel.pipeline.timeline import Span
+from parallel.collectives import Group
+from parallel.pipeline.action import Schedule, Slot
+from parallel.pipeline.timeline import Span, Timeline
 
 
 class Clock:
@@ -47,3 +49,27 @@ class Clock:
         if not self._on_cuda:
             return float(moment - self._origin)
         return float(self._origin.elapsed_time(moment)) / 1000
+
+
+def gather_timeline(
+    schedule: Schedule, spans: Sequence[Span], group: Group, device: torch.device
+) -> Timeline:
+    """The spans of all ranks of a pipeline, each since its own walk began. Every rank must call.
+
+    A barrier before the walk makes these the same moment, up to its own latency.
+    """
+    if group is None:
+        return Timeline(schedule, (tuple(spans),))
+    moments = torch.zeros(max(map(len, schedule.slots)), 2, dtype=torch.float64)
+    for index, span in enumerate(spans):
+        moments[index, 0], moments[index, 1] = span.begin, span.end
+    mine = moments.to(device)
+    everyones = [torch.empty_like(mine) for _ in schedule.slots]
+    dist.all_gather(everyones, mine, group=group)
+    return Timeline(
+        schedule,
+        tuple(
+            tuple(Span(slot, begin, end) for slot, (begin, end) in zip(slots, found.tolist(), strict=False))
+            for slots, found in zip(schedule.slots, everyones, strict=True)
+        ),
+    )

@@ -96,6 +96,10 @@ class _Flight:
     made: Tensor | None
 
 
+def _backward_first(pair: tuple[Action, Steps]) -> str:
+    return pair[0].kind
+
+
 class _Walk:
     """The state of one call of `execute`."""
 
@@ -124,7 +128,9 @@ class _Walk:
         if len(steps) == 1:
             run(steps[0])
         else:
-            run_pair(*steps)
+            # The backward first: its rows travel while the forward attends, and at the end, when the
+            # forward waits for its last rows, it still has work.
+            run_pair(*(step for _, step in sorted(zip(slot, steps, strict=True), key=_backward_first)))
         clock.end(slot, begin)
 
     def _steps(self, action: Action, value: Tensor | None) -> Steps:

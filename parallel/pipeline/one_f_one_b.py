@@ -21,4 +21,4 @@ def one_f_one_b(num_ranks: int, num_microbatches: int, *, overlap: bool = False)
             slots += [f"F{ahead + i}&B{i}"] if overlap else [f"F{ahead + i}", f"B{i}"]
         slots += [f"B{i}" for i in range(num_microbatches - ahead, num_microbatches)]
         ranks.append(slots)
-    return one_stage_each("1f1b overlapped" if overlap else "1f1b", num_microbatches, ranks)
+    return one_stage_each("1f1b-overlap" if overlap else "1f1b", num_microbatches, ranks)

@@ -26,10 +26,14 @@ class Timeline:
     spans: tuple[tuple[Span, ...], ...]
 
     @property
+    def begin(self) -> float:
+        """When the first slot begins."""
+        return min((span.begin for mine in self.spans for span in mine), default=0.0)
+
+    @property
     def makespan(self) -> float:
         """From the first begin to the last end."""
-        ends = [span.end for mine in self.spans for span in mine]
-        return max(ends, default=0.0) - min((s.begin for mine in self.spans for s in mine), default=0.0)
+        return max((span.end for mine in self.spans for span in mine), default=0.0) - self.begin
 
     @property
     def bubbles(self) -> tuple[float, ...]:

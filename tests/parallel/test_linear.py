@@ -1,5 +1,8 @@
 """Products with weights: results, gradients, and where the weight gradient goes."""
 
+from collections import deque
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from parallel.groups import build_groups, single
 from parallel.layout import Layout
-from parallel.linear import GroupedLinear, Linear, by_inputs, by_outputs, linear
+from parallel.linear import GroupedLinear, Linear, Queue, by_inputs, by_outputs, deferring, linear
 from parallel.shards import Cut, is_cut, parameter_pieces, pieces
 from tests.ranks import run_ranks
 from tests.reduced import assemble, buffers
@@ -168,3 +171,20 @@ def test_a_group_cuts_by_rank_and_none_does_not_cut() -> None:
     assert not is_cut(Linear(4, 3, cut=by_inputs(None)).weight)
     with pytest.raises(AssertionError, match="cannot be cut"):
         Linear(4, 6, cut=Cut(dim=0, index=0, count=2, sections=2))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_deferred_gradient_is_the_same(grouped: bool) -> None:
+    at_once, later = (filled(GroupedLinear(4, 0, 6, 3) if grouped else Linear(6, 3)) for _ in range(2))
+    queue: Queue = deque()
+    rows, upstream = torch.randn(1, 5, 6, requires_grad=True), torch.randn(1, 5, 3)
+    for layer in (at_once, later):
+        buffers(layer, single())
+        rows.grad = None
+        with deferring(queue) if layer is later else nullcontext():
+            made = layer(rows.flatten(0, 1), COUNTS).view_as(upstream) if grouped else layer(rows)
+        made.backward(upstream)
+        assert rows.grad is not None and rows.grad.any()
+    assert not later.weight.main_grad.any() and len(queue) == 1
+    queue.popleft()()
+    assert at_once.weight.main_grad.any() and torch.equal(later.weight.main_grad, at_once.weight.main_grad)

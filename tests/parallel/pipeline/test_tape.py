@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import Splits, Wire, start_all_to_all
+from parallel.linear import linear
 from parallel.pipeline.tape import Direct, Recorder, Steps, Tape, _Compute, run
 from tests.ranks import run_ranks
 
@@ -274,3 +275,52 @@ def test_direct_tells_of_units_too() -> None:
     Direct(entered.append).unit("a")
     Direct().unit("b")
     assert entered == ["a"]
+
+
+class Layered(nn.Module):
+    """Units of one product each; `away` ones send their rows off and back before."""
+
+    def __init__(self, away: str) -> None:
+        super().__init__()
+        self.away = away
+        self.weights = nn.ParameterList(nn.Parameter(torch.full((2, 2), 0.5)) for _ in away)
+        for weight in self.weights:
+            weight.main_grad = torch.zeros(2, 2)
+
+    def phases(self, tape: Recorder, rows: Tensor) -> Steps:
+        for number, weight in enumerate(self.weights):
+            tape.unit(str(number))
+            if self.away[number] == "x":
+                arrival = tape.exchange(rows, Splits((2,), (2,), None))
+                yield
+                rows = arrival.wait()
+            rows = tape.compute(linear, rows, weight)
+        tape.root(tape.compute(torch.sum, rows), 1.0)
+
+    def made(self) -> str:
+        return "".join(str(n) for n, weight in enumerate(self.weights) if weight.main_grad.any())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("away", "made"), [("xxx", ["2", "12", "012"]), ("--x-", ["23"]), ("----", [])])
+def test_weights_are_made_while_rows_travel(away: str, made: list[str], recompute: bool) -> None:
+    """At every wait all that can be, without one when the next unit is done; units are left thereafter."""
+    left: list[str] = []
+    model, tape = Layered(away), Tape(recompute=recompute, on_leave=left.append)
+    run(model.phases(tape, torch.ones(2, 2, requires_grad=True)))
+    found = [model.made() for _ in tape.backward()]
+    assert found == made
+    assert left == list("3210")[4 - len(away) : -1]
+    tape.weights()
+    assert model.made() == "0123"[: len(away)] and left == list("3210")[4 - len(away) :]
+
+
+def test_weights_apart_wait_for_their_turn() -> None:
+    left: list[str] = []
+    model, tape = Layered("-x--"), Tape(on_leave=left.append)
+    rows = torch.ones(2, 2, requires_grad=True)
+    run(model.phases(tape, rows))
+    run(tape.backward(weights_apart=True))
+    assert rows.grad is not None and model.made() == "" and left == []
+    tape.weights()
+    assert model.made() == "0123" and left == ["3", "2", "1", "0"]

@@ -8,14 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import Group, Splits, group_rank, group_size
+from parallel.linear import linear
 from parallel.pipeline.link import Boundary
 from parallel.pipeline.tape import Recorder, Steps
 
 ROWS, WIDTH, NUM_LAYERS = 4, 6, 3
 BOUNDARY = Boundary((ROWS, WIDTH), torch.float32, torch.device("cpu"))
 SENT = {1: [[4]], 2: [[1, 3], [4, 0]]}  # rows from a rank to a rank, by the size of the group
-# The layers of each stage, by the number of stages: uneven, and of four stages one is empty.
-CUTS = {1: [(0, 3)], 2: [(0, 1), (1, 3)], 3: [(0, 1), (1, 2), (2, 3)], 4: [(0, 1), (1, 1), (1, 2), (2, 3)]}
 
 
 class ToyMicrobatch(NamedTuple):
@@ -42,12 +41,12 @@ class ToyLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
     def phases(self, tape: Recorder, hidden: Tensor, splits: Splits) -> Steps:
-        mixed = tape.compute(lambda rows: (rows @ self.first).tanh(), hidden)
+        mixed = tape.compute(lambda rows: linear(rows, self.first).tanh(), hidden)
         sent = tape.exchange(mixed, splits)
-        beside = tape.compute(lambda rows: rows @ self.beside, hidden)
+        beside = tape.compute(lambda rows: linear(rows, self.beside), hidden)
         yield
         returned = tape.exchange(
-            tape.compute(lambda rows: (rows @ self.away).sin(), sent.wait()), splits.reversed()
+            tape.compute(lambda rows: linear(rows, self.away).sin(), sent.wait()), splits.reversed()
         )
         yield
         return tape.compute(lambda *parts: sum(parts), hidden, beside, returned.wait())
@@ -77,9 +76,14 @@ def toy_loss(hidden: Tensor, target: Tensor) -> Tensor:
     return (hidden - target).square().mean()
 
 
+def toy_cut(num_stages: int, stage: int) -> tuple[int, int]:
+    """The layers of a stage: uneven, and where there are more stages than layers some are empty."""
+    return NUM_LAYERS * stage // num_stages, NUM_LAYERS * (stage + 1) // num_stages
+
+
 def toy_stages(num_stages: int, held: Sequence[int], splits: Splits) -> dict[int, ToyStage]:
     return {
-        stage: ToyStage(*CUTS[num_stages][stage], is_last=stage == num_stages - 1, splits=splits)
+        stage: ToyStage(*toy_cut(num_stages, stage), is_last=stage == num_stages - 1, splits=splits)
         for stage in held
     }
 

@@ -1,0 +1,96 @@
+"""`switchyard bench overlap`: how much of the all-to-all is hidden under compute, over a real slow link.
+
+Two hosts are made of network namespaces (launch/network.py), every expert group lies across the link
+between them, and a multi-node torchrun trains there: first without a pipeline, then with DualPipe. Where
+ranks are more than cores, computing is replaced by sleeping, or one rank would hide another's.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.agents import run_nodes
+from launch.bench.output import parse
+from launch.compose import from_recipe
+from launch.network import Network, hosts
+from launch.output import write_json
+from launch.ranks import AS_RANK, rank_command
+from moe.rules import build
+
+PLAN = "plan.json"
+RATES = (1.0, 2.0, 0.5)  # of the one at which exchange takes as long as compute
+PAUSE_SECONDS = 0.05
+MODEL = [
+    *("model.num_layers=4", "model.num_dense_layers=0", "data.sequence_length=128", "balance.sequence_aux=0"),
+    *("layout.ep=2", "layout.dp=2", "model.vocab_size=512"),
+]
+THIN = [  # next to no work beside the sleeping, but rows as wide
+    *("model.moe_intermediate_size=8", "model.num_heads=2", "model.kv_lora_rank=8"),
+    *("model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8"),
+]
+SEQUENCES = 4  # of a microbatch
+SETUPS = {"1f1b": ["layout.pp=1"], "dualpipe": ["layout.pp=2", "layout.schedule=dualpipe"]}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print a table, and write the JSON if asked; or be a rank of it."""
+    if arguments[:1] == [AS_RANK]:
+        return _be_rank(Path(arguments[1]))
+    options = parse("overlap", arguments, rounds=5, microbatches=8, rates=3)
+    rows = []
+    with hosts(2, rate_mbit=1000) as network:
+        for schedule in SETUPS:
+            for row in _measure(network, schedule, options):
+                print(_line(row), flush=True)
+                rows.append(row)
+    write_json(options.json, {"rounds": options.rounds, "microbatches": options.microbatches, "rows": rows})
+    return 0
+
+
+def _measure(network: Network, schedule: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    from launch.bench.hiding import RESULT, HidingPlan, serve  # imports torch
+
+    count = options.microbatches
+    batch = [f"layout.microbatches={count}", f"train.batch_size={2 * SEQUENCES * count}"]
+    ranks = 4 if schedule == "dualpipe" else 2
+    pause = PAUSE_SECONDS if ranks > len(os.sched_getaffinity(0)) else 0.0
+    config = from_recipe("tiny", MODEL + (THIN if pause else []) + SETUPS[schedule] + batch)
+    plan = HidingPlan(config=config, pause_seconds=pause, rounds=options.rounds, rates=RATES[: options.rates])
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
+        folder = Path(name)
+        (folder / PLAN).write_text(json.dumps(asdict(plan)))
+        dial = threading.Thread(target=serve, args=(folder, network.set_rate, ended.is_set))
+        dial.start()
+        try:
+            # Neighbouring ranks, which share experts, on different hosts; stages on the same.
+            nodes = [network.hosts[rank % 2] for rank in range(ranks)]
+            code = run_nodes(nodes, rank_command("bench overlap", folder), 1, {})
+        finally:
+            ended.set()
+            dial.join()
+        if code:
+            raise SystemExit(code)
+        rows = json.loads((folder / RESULT).read_text())
+    how = "sleeping" if pause else "computing"
+    return [{"schedule": schedule, "ranks": ranks, "compute": how} | row for row in rows]
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = ("compute", "exchange", "serial", "overlapped")
+    seconds = "  ".join(f"{name} {row[f'{name}_seconds']:6.3f} s" for name in times)
+    what = f"{row['schedule']:<9} {row['ranks']} ranks {row['compute']:<9} {row['link_mbit']:7.1f} Mbit/s"
+    return f"{what}  {seconds}  hidden {row['hidden_share']:6.1%}"
+
+
+def _be_rank(folder: Path) -> int:
+    from launch.bench.hiding import HidingPlan, measure
+
+    measure(build(HidingPlan, json.loads((folder / PLAN).read_text())), folder)
+    return 0

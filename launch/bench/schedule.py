@@ -1,0 +1,80 @@
+"""`switchyard bench schedule`: whether schedules take as long as the simulator says, on real ranks.
+
+One rank per process and one thread per rank; stages sleep instead of computing (launch/bench/walks.py).
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.bench.output import parse
+from launch.output import write_json
+from launch.ranks import AS_RANK, rank_command
+from moe.rules import build
+from parallel.errors import UserError
+from parallel.pipeline.schedules import MAKERS, make
+
+PLAN = "plan.json"
+FOLDER = Path("schedules")
+SECONDS = 0.02  # of a forward of a rank's share; its backward takes twice as long
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print a table, draw, and write the JSON if asked; or be a rank of it."""
+    if arguments[:1] == [AS_RANK]:
+        return _be_rank(Path(arguments[1]))
+    options = parse("schedule", arguments, ranks=8, microbatches=16, rounds=5)
+    from launch.bench.walks import RESULT, WalksPlan  # imports torch
+    from launch.local import start_ranks
+
+    FOLDER.mkdir(exist_ok=True)
+    plan = WalksPlan(
+        schedules=tuple(_possible(options.ranks, options.microbatches)),
+        ranks=options.ranks,
+        microbatches=options.microbatches,
+        rounds=options.rounds,
+        seconds=SECONDS,
+        out=str(FOLDER.resolve()),
+    )
+    with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
+        folder = Path(name)
+        (folder / PLAN).write_text(json.dumps(asdict(plan)))
+        code = start_ranks(plan.ranks, rank_command("bench schedule", folder), 1)
+        if code:
+            return code
+        rows = json.loads((folder / RESULT).read_text())
+    for row in rows:
+        print(_line(row))
+    print(f"drawn: {FOLDER}/measured-NAME-{plan.ranks}-{plan.microbatches}.png")
+    write_json(options.json, {**asdict(plan), "rows": rows})
+    return 0
+
+
+def _possible(ranks: int, microbatches: int) -> list[str]:
+    found = []
+    for name in MAKERS:
+        try:
+            make(name, ranks, microbatches)
+        except UserError as error:
+            print(f"left out: {error}")
+        else:
+            found.append(name)
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    simulated, measured = row["simulated_seconds"], row["measured_seconds"]
+    return (
+        f"{row['schedule']:<13} simulated {simulated:6.3f} s  measured {measured:6.3f} s  "
+        f"measured / simulated {row['ratio']:.3f}"
+    )
+
+
+def _be_rank(folder: Path) -> int:
+    from launch.bench.walks import WalksPlan, measure
+
+    measure(build(WalksPlan, json.loads((folder / PLAN).read_text())), folder)
+    return 0

@@ -1,0 +1,20 @@
+"""Results for machines, of every command that has `--json FILE`. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.telemetry.sinks import replace_file
+from parallel.errors import UserError
+
+
+def check_json(path: Path | None) -> None:
+    """Raise UserError where the file could not be written, before anything is measured."""
+    if path and not path.resolve().parent.is_dir():
+        raise UserError(f"`--json` must lie in an existing folder, but {path} does not: make it first")
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a result, if it was asked for."""
+    if path:
+        replace_file(path, json.dumps(result, indent=2).encode())

@@ -118,8 +118,8 @@ class Table:
     def finish(self) -> None:
         """Print the summary, and write the file if one was asked for."""
         plan, failed = self._plan, self._failed
-        every = {case.degrees for case in plan.cases}
-        agree = len(every - {case.degrees for case in failed})
+        every = {case.degrees.describe() for case in plan.cases}
+        agree = len(every - {case.degrees.describe() for case in failed})
         cases = f"{len(plan.cases) - len(failed)} of {len(plan.cases)} cases"
         worst = max(
             (row for row in self._rows if row["step"] == 1),

@@ -87,6 +87,26 @@ def test_first_and_last_stage_share_what_both_hold() -> None:
     assert [each["embedding"] for each in found] == [[0, 4], [1, 5], None, None, [0, 4], [1, 5]]
 
 
+def copies(rank: int, world_size: int, layout: Layout) -> dict[str, list[int] | None]:
+    groups = build_groups(layout)
+    assert groups.is_first_copy == (layout.coordinates(rank)["pp"] < layout.pp // 2)
+    held = vars(groups.copies) | {"mirror": groups.mirror}
+    return {name: None if each is None else dist.get_process_group_ranks(each) for name, each in held.items()}
+
+
+def test_both_ways_copies_are_on_a_stage_and_its_mirror() -> None:
+    """Four stages of two ranks: those of stage 1 are the neighbours 2, 3 and of its mirror 4, 5."""
+    found = run_ranks(8, copies, Layout(tp=2, pp=4, ep=2, both_ways=True))
+    pairs = [[0, 6], [1, 7], [2, 4], [3, 5]]
+    assert [each["mirror"] for each in found] == [*pairs, *pairs[2:], *pairs[:2]]
+    for rank, each in enumerate(found):
+        stage = [0, 1, 6, 7] if rank in (0, 1, 6, 7) else [2, 3, 4, 5]
+        assert each["whole"] == stage
+        assert each["cut"] == each["experts"] == each["mirror"]
+    wide = run_ranks(4, copies, Layout(dp=2, pp=2, both_ways=True))
+    assert all(each["experts"] == each["cut"] == each["whole"] == [0, 1, 2, 3] for each in wide)
+
+
 def test_one_rank_needs_no_process_group() -> None:
     groups = build_groups(Layout())
     assert groups == single() == Groups(layout=Layout(), rank=0)

@@ -13,7 +13,7 @@ from moe.model.mtp import IGNORE
 from moe.model.stages import split
 from moe.model.transformer import Microbatch, Outcome, Transformer
 from moe.rules import validate
-from moe.train.runner import Runner
+from moe.train.runner import Runner, make_schedule
 from moe.train.units import parameter_units
 from parallel.groups import Groups, build_groups, single
 from parallel.pipeline.tape import Direct, Tape, run
@@ -68,9 +68,16 @@ CASES = {
 }
 
 
-def build(case: Case, groups: Groups, dtype: torch.dtype = torch.float32) -> Transformer:
-    part = split(case.config, groups.layout.pp, LENGTH)[groups.index("pp")]
-    model = Transformer(case.config, case.balance, groups, dtype, parts=[part])
+def build(
+    case: Case,
+    groups: Groups,
+    dtype: torch.dtype = torch.float32,
+    layout: LayoutConfig = LayoutConfig(),  # noqa: B008 (frozen)
+) -> Transformer:
+    schedule = make_schedule(layout, layout.microbatches)
+    stages = split(case.config, schedule.num_stages, LENGTH)
+    parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
+    model = Transformer(case.config, case.balance, groups, dtype, parts=parts)
     for _, router in model.routers():
         router.bias.copy_(torch.tensor(case.bias))
         router.last_counts.copy_(torch.arange(8))
@@ -121,11 +128,12 @@ class Result(NamedTuple):
 
 
 def collect(outcomes: list[Outcome], gradients: list[Piece], norm: float) -> Result:
-    layers = outcomes[0].loads
+    loads = [(layer, load) for outcome in outcomes for layer, load in outcome.loads.items()]
+    layers = {layer for layer, _ in loads}
     return Result(
         [torch.stack((o.losses, *o.mtp_losses)) for o in outcomes if o.losses is not None],
-        {layer: sum(o.loads[layer].counts_E for o in outcomes) for layer in layers},
-        {layer: sum(o.loads[layer].rows_E for o in outcomes) for layer in layers},
+        {layer: sum(load.counts_E for each, load in loads if each == layer) for layer in layers},
+        {layer: sum(load.rows_E for each, load in loads if each == layer) for layer in layers},
         gradients,
         norm,
     )
@@ -136,7 +144,7 @@ def train(case: Case, groups: Groups, layout: LayoutConfig, recompute: bool) -> 
     config = RunConfig(
         model=case.config, layout=layout, train=TrainConfig(recompute="full" if recompute else "none")
     )
-    model = build(case, groups)
+    model = build(case, groups, layout=layout)
     zero = Zero(parameter_units(model, groups), groups.world)
     parts, local = groups.layout.dp * layout.microbatches, layout.microbatches
     first = groups.index("dp") * local
@@ -192,6 +200,11 @@ LAYOUTS = [
     (LayoutConfig(tp=2, pp=2, etp=2, microbatches=4, overlap=False), True),
     (LayoutConfig(dp=2, pp=2, ep=2, microbatches=2, schedule="gpipe"), False),
     (LayoutConfig(pp=4, microbatches=2), False),  # fewer microbatches than stages; the last has no layer
+    (LayoutConfig(dp=2, pp=2, ep=2, microbatches=4, schedule="dualpipe"), False),
+    (LayoutConfig(tp=2, pp=2, ep=2, microbatches=4, schedule="dualpipe", overlap=False), True),
+    (LayoutConfig(dp=2, pp=2, ep=2, microbatches=4, schedule="dualpipev"), True),
+    (LayoutConfig(pp=2, microbatches=4, schedule="interleaved"), False),
+    (LayoutConfig(tp=2, pp=2, microbatches=4, schedule="zb-h1"), False),
 ]
 
 
@@ -354,6 +367,8 @@ def test_units_are_named_as_they_are_entered_and_left() -> None:
     tape = Tape(on_enter=entered.append, on_leave=left.append)
     run(model.phases(tape, global_batch(Case())))
     run(tape.backward())
+    tape.weights()
+    assert list(model.units(model.parts[0])) == entered
     units = [name for name, _ in parameter_units(model, single())]
     assert (
         entered == units == left[::-1] == ["embedding", "layers.0", "layers.1", "layers.2", "head", "mtp.0"]

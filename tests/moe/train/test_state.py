@@ -24,6 +24,7 @@ LAYOUTS = {
     "ep4": LayoutConfig(dp=4, ep=4),
     "pp2·dp2": LayoutConfig(pp=2, dp=2, microbatches=2),
     "cp2·etp2": LayoutConfig(cp=2, etp=2, microbatches=2),
+    "pp2·dp2, both ways": LayoutConfig(pp=2, dp=2, ep=2, microbatches=4, schedule="dualpipe"),
     "one rank": LayoutConfig(microbatches=2),
 }
 
@@ -80,7 +81,7 @@ def test_a_checkpoint_goes_through_every_layout_and_back_bit_for_bit(tmp_path: P
         *("model", "exp_avg", "exp_avg_sq", "router", "random")
     }
     assert "model/layers.2.moe.experts.7.gate_up.weight" in original.names
-    order = ["ep4", "pp2·dp2", "cp2·etp2", "one rank", "tp2·pp2·ep2"]
+    order = ["ep4", "pp2·dp2", "pp2·dp2, both ways", "cp2·etp2", "one rank", "tp2·pp2·ep2"]
     for number, name in enumerate(order):
         rewrite(name, config, tmp_path / str(number) / "step-2", tmp_path / str(number + 1))
         copy = open_checkpoint(tmp_path / str(number + 1) / "step-2")
@@ -96,6 +97,8 @@ def test_a_checkpoint_goes_through_every_layout_and_back_bit_for_bit(tmp_path: P
         ("tp2·pp2·ep2", "ep4"),
         ("tp2·pp2·ep2", "pp2·dp2"),
         ("tp2·pp2·ep2", "one rank"),
+        ("tp2·pp2·ep2", "pp2·dp2, both ways"),
+        ("pp2·dp2, both ways", "one rank"),
         ("one rank", "tp2·pp2·ep2"),
         ("ep4", "cp2·etp2"),
     ],

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,33 @@ from launch.compose import from_recipe
 from launch.network import Network, hosts
 from launch.output import write_json
 from launch.ranks import AS_RANK, rank_command
+from moe.config import ScheduleName
 from moe.rules import build
 
 PLAN = "plan.json"
 RATES = (1.0, 2.0, 0.5)  # of the one at which exchange takes as long as compute
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.03  # of attention, and of experts, in a layer's forward
 MODEL = [
-    *("model.num_layers=4", "model.num_dense_layers=0", "data.sequence_length=128", "balance.sequence_aux=0"),
-    *("layout.ep=2", "layout.dp=2", "model.vocab_size=512"),
+    *("model.num_dense_layers=0", "model.vocab_size=64", "data.sequence_length=128"),
+    *("balance.sequence_aux=0", "layout.ep=2", "layout.dp=2"),
 ]
 THIN = [  # next to no work beside the sleeping, but rows as wide
     *("model.moe_intermediate_size=8", "model.num_heads=2", "model.kv_lora_rank=8"),
     *("model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8"),
 ]
-SEQUENCES = 4  # of a microbatch
-SETUPS = {"1f1b": ["layout.pp=1"], "dualpipe": ["layout.pp=2", "layout.schedule=dualpipe"]}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A schedule, how many ranks it takes, and what it trains: four layers on every stage."""
+
+    schedule: ScheduleName
+    ranks: int
+    layers: int
+    sequences: int  # of a microbatch
+
+
+SETUPS = (Setup("1f1b", 2, 4, 4), Setup("dualpipe", 4, 8, 2))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,22 +57,24 @@ def main(arguments: Sequence[str]) -> int:
     options = parse("overlap", arguments, rounds=5, microbatches=8, rates=3)
     rows = []
     with hosts(2, rate_mbit=1000) as network:
-        for schedule in SETUPS:
-            for row in _measure(network, schedule, options):
+        for setup in SETUPS:
+            for row in _measure(network, setup, options):
                 print(_line(row), flush=True)
                 rows.append(row)
     write_json(options.json, {"rounds": options.rounds, "microbatches": options.microbatches, "rows": rows})
     return 0
 
 
-def _measure(network: Network, schedule: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(network: Network, setup: Setup, options: argparse.Namespace) -> list[dict[str, Any]]:
     from launch.bench.hiding import RESULT, HidingPlan, serve  # imports torch
 
-    count = options.microbatches
-    batch = [f"layout.microbatches={count}", f"train.batch_size={2 * SEQUENCES * count}"]
-    ranks = 4 if schedule == "dualpipe" else 2
+    ranks, count = setup.ranks, options.microbatches
     pause = PAUSE_SECONDS if ranks > len(os.sched_getaffinity(0)) else 0.0
-    config = from_recipe("tiny", MODEL + (THIN if pause else []) + SETUPS[schedule] + batch)
+    overrides = [
+        *(f"layout.pp={ranks // 2}", f"layout.schedule={setup.schedule}", f"layout.microbatches={count}"),
+        *(f"model.num_layers={setup.layers}", f"train.batch_size={2 * setup.sequences * count}"),
+    ]
+    config = from_recipe("tiny", MODEL + (THIN if pause else []) + overrides)
     plan = HidingPlan(config=config, pause_seconds=pause, rounds=options.rounds, rates=RATES[: options.rates])
     ended = threading.Event()
     with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
@@ -79,7 +93,7 @@ def _measure(network: Network, schedule: str, options: argparse.Namespace) -> li
             raise SystemExit(code)
         rows = json.loads((folder / RESULT).read_text())
     how = "sleeping" if pause else "computing"
-    return [{"schedule": schedule, "ranks": ranks, "compute": how} | row for row in rows]
+    return [{"schedule": setup.schedule, "ranks": ranks, "compute": how} | row for row in rows]
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 A `Plan` is the index arithmetic of one rank's tokens; it says nothing of other ranks. `Delivery` is
 what a rank learns when every rank has told how many rows it sends. Moving the rows is
-parallel/collectives.py's business.
+parallel/collectives.py's business. An exchange wants its splits on the host, so a layer's forward reads
+two small tensors from the device, the rows it sends and those that it is sent; a backward reads none.
 Legend: T tokens, K chosen experts, E experts, e experts of this rank, N rows, D hidden size.
 """
 
@@ -23,6 +24,7 @@ class Plan:
     order_N: Tensor  # assignment (t * K + k) of each row
     slot_TK: Tensor  # row of each assignment
     rows_E: Tensor  # int64: rows for each expert
+    sent: tuple[int, ...]  # the same on the host
 
     @property
     def token_N(self) -> Tensor:
@@ -42,10 +44,11 @@ def make_plan(
     if capacity_factor is not None:
         flat = _within_capacity(flat, weights_TK.detach().flatten(), num_experts, capacity_factor)
     rows_E = torch.bincount(flat, minlength=num_experts + 1)[:-1]
-    order_N = flat.argsort(stable=True)[: int(rows_E.sum())]
+    sent = tuple(rows_E.tolist())
+    order_N = flat.argsort(stable=True)[: sum(sent)]
     slot = torch.full_like(flat, -1)
     slot[order_N] = torch.arange(len(order_N), device=flat.device)
-    return Plan(order_N, slot.view_as(experts_TK), rows_E)
+    return Plan(order_N, slot.view_as(experts_TK), rows_E, sent)
 
 
 def _within_capacity(flat: Tensor, weights: Tensor, num_experts: int, factor: float) -> Tensor:
@@ -83,28 +86,29 @@ def announce(plan: Plan, groups: ModelGroups) -> Wire:
 
 def deliver(plan: Plan, arrived: Tensor, groups: ModelGroups) -> Delivery:
     """From the announced counts [ep x etp, e] of rows for this rank's experts to its delivery."""
-    ranks, parts = group_size(groups.ep), group_size(groups.etp)
-    by_part = arrived.view(ranks, parts, -1).transpose(0, 1)  # [etp, ep, e]
-    own = by_part[group_rank(groups.etp)]
-    sent = tuple(plan.rows_E.view(ranks, -1).sum(1).tolist())
-    splits = Splits(sent, tuple(own.sum(1).tolist()), groups.ep)
+    ranks, parts, num_local = group_size(groups.ep), group_size(groups.etp), arrived.shape[1]
+    counts = arrived.view(ranks, parts, num_local).cpu()  # the rest is reckoned on the host
+    sent = torch.tensor(plan.sent).view(ranks, num_local).sum(1)
+    own = counts[:, group_rank(groups.etp)].sum(1)
+    splits = Splits(tuple(sent.tolist()), tuple(own.tolist()), groups.ep)
     shared = None
     if groups.etp is not None:
-        held = tuple(by_part.sum((1, 2)).tolist())
+        held = tuple(counts.sum((0, 2)).tolist())
         shared = Splits((sum(splits.receive),) * parts, held, groups.etp)
-    counts = tuple(arrived.sum(0).tolist())
-    num_local = arrived.shape[1]
+    by_expert = tuple(counts.sum((0, 1)).tolist())
     if ranks * parts == 1 or num_local == 1:
-        return Delivery(splits, shared, counts, None, None)
+        return Delivery(splits, shared, by_expert, None, None)
     expert_N = (
         torch.arange(num_local, device=arrived.device)
         .repeat(ranks * parts)
-        .repeat_interleave(by_part.flatten())
+        .repeat_interleave(
+            arrived.view(ranks, parts, num_local).transpose(0, 1).flatten(), output_size=sum(by_expert)
+        )
     )
     order_N = expert_N.argsort(stable=True)
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return Delivery(splits, shared, counts, order_N, slot_N[:, None])
+    return Delivery(splits, shared, by_expert, order_N, slot_N[:, None])
 
 
 class _TakeRows(torch.autograd.Function):

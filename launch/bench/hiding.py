@@ -93,7 +93,7 @@ def measure(plan: HidingPlan, folder: Path) -> None:
         dial = Dial(folder, groups.rank)
         dial.turn(FIRST)
         bench.step(bench.serial, wireless=True)  # warms up
-        compute = statistics.median(bench.step(bench.serial, wireless=True) for _ in range(3))
+        compute = statistics.median(bench.step(bench.serial, wireless=True) for _ in range(plan.rounds))
         balanced = FIRST * bench.exchange() / compute
         rows = [_row(bench, dial, plan.rounds, multiple * balanced) for multiple in plan.rates]
         if groups.rank == 0:

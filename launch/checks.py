@@ -8,7 +8,7 @@ from pathlib import Path
 from parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ["pytest", "-q"]
+PYTEST = ["pytest", "-q", "-n", "3", "--dist", "loadfile"]  # many tests wait for processes that start
 STEPS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], PYTEST)
 
 

@@ -54,9 +54,9 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     notes = [f"computed in fp32, where differences show: {changes(given, config)}"] if config != given else []
     if options.sweep:
         every = options.ranks  # tp x cp is at most all of them
-        degrees = LayoutConfig(tp=every, pp=every, dp=every, ep=every, etp=every)
+        degrees = LayoutConfig(tp=every, pp=every, dp=every, ep=every, etp=every, schedule="dualpipev")
     else:
-        degrees = LayoutConfig(**validate(config, options.ranks).degrees)
+        degrees = replace(config.layout, dp=validate(config, options.ranks).dp)
     if options.shrink:
         before, config = config, shrink(config, degrees)
         notes.append(f"shrunk: {changes(before, config) or 'nothing, it is small already'}")

@@ -159,12 +159,13 @@ def _validate_schedule(config: RunConfig, layout: Layout) -> None:
     """What a schedule asks of ranks, microbatches and layers."""
     wanted, model = config.layout, config.model
     require_numbers(wanted.schedule, layout.pp, wanted.microbatches, wanted.stages_per_rank)
-    each = {"interleaved": wanted.stages_per_rank, "dualpipev": 2}.get(wanted.schedule, 1)
-    if layout.pp * each > model.num_layers + 1:
+    stages, most = wanted.num_stages, model.num_layers + 1
+    if stages > most:
+        each = stages // layout.pp
         rule = "`layout.pp`" if each == 1 else f"`layout.pp` x {each} stages of `{wanted.schedule}`"
         raise UserError(
             f"{rule} must not exceed `model.num_layers` + 1 (the head may stand alone), but "
-            f"{layout.pp * each} > {model.num_layers + 1}: use at most {(model.num_layers + 1) // each} ranks"
+            f"{stages} > {most}: use at most {most // each} ranks"
         )
 
 

@@ -53,8 +53,12 @@ def runnable(command: str) -> list[str]:
         ranks = ["--ranks", "2"] if "--sweep" in words else []
         return [*words, *ranks, "--steps", "1", *SMALL]
     if "bench" in words:
-        few = {"balance": ["--steps", "2"], "checkpoint": ["--every", "1", "--rounds", "1"]}
-        return words + few[words[-1]]
+        few = {
+            "balance": ["--steps", "2"],
+            "checkpoint": ["--every", "1", "--rounds", "1"],
+            "schedule": ["--ranks", "2", "--microbatches", "4", "--rounds", "1"],
+        }
+        return words + few[words[words.index("bench") + 1]]
     return words
 
 

@@ -66,7 +66,7 @@ def test_scores_stay_as_far_apart() -> None:
 
 @pytest.mark.parametrize("ranks", [3, 4, 8])
 def test_a_sweep_leaves_no_layout_out_for_being_small(ranks: int) -> None:
-    every = LayoutConfig(tp=ranks, pp=ranks, dp=ranks, ep=ranks, etp=ranks)
+    every = LayoutConfig(tp=ranks, pp=ranks, dp=ranks, ep=ranks, etp=ranks, schedule="dualpipev")
     model = replace(V3, num_heads=120, num_experts=240, moe_intermediate_size=1920, vocab_size=122880)
     base = run(model, LayoutConfig(microbatches=4), batch=96)
     base = replace(base, data=DataConfig(sequence_length=6144))

@@ -228,6 +228,7 @@ def cut(variant: Variant, groups: Groups) -> Stretch:
     wanted = positions.sequence(upstream())
     tape.root(tape.compute(lambda value: (value * wanted).sum(), output), 1.0)
     run(tape.backward())
+    tape.weights()
     assert hidden.grad is not None
     return Stretch(output.detach(), hidden.grad, owned_gradients(zero), log, tape.sent)
 

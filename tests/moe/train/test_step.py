@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.config import BalanceConfig, LayoutConfig, RunConfig
+from moe.config import BalanceConfig, LayoutConfig, RunConfig, ScheduleName
 from moe.data.corpus import prepare
 from moe.data.loader import Batch, Loader
 from moe.rules import validate
@@ -73,6 +73,19 @@ def test_layouts_take_the_same_steps(config: RunConfig, dp: int, ep: int) -> Non
             torch.testing.assert_close(
                 found[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_pairs_change_no_bit(config: RunConfig, schedule: ScheduleName) -> None:
+    """And both are one rank's steps, to rounding, where a stage has no experts and another none but MTP's."""
+    alone = facts(*steps(replace(config, layout=LayoutConfig(microbatches=8)), 1, 0, 3))
+    both_ways = LayoutConfig(pp=2, dp=2, ep=2, microbatches=4, schedule=schedule)
+    paired = run_ranks(4, on_ranks, replace(config, layout=both_ways), 3)
+    serial = run_ranks(4, on_ranks, replace(config, layout=replace(both_ways, overlap=False)), 3)
+    for first, second in zip(paired, serial, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in alone)
+        for name, expected in alone.items():
+            torch.testing.assert_close(first[name], expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("change", ["overlap", "recompute", "again"])

@@ -1,8 +1,10 @@
 """The executor on gloo ranks: any schedule gives one rank's losses and gradients, to the bit."""
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -198,6 +200,21 @@ def test_a_stage_may_be_held_twice_and_run_both_ways() -> None:
     first, second = run_ranks(2, follow, BOTH_WAYS, 2)
     for name in (name for name in expected if not name.startswith("loss")):
         torch.testing.assert_close(first[name] + second[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_walk_is_measured_slot_by_slot() -> None:
+    class Sleeper:
+        def phases(self, tape: Recorder, microbatch: float, hidden: Tensor | None) -> Steps:
+            time.sleep(microbatch)
+            yield
+            return None, None
+
+    schedule = one_f_one_b(1, 2)
+    walked = execute(schedule, {0: Sleeper()}, [0.05, 0.01], link=ALONE, boundary=BOUNDARY)
+    assert [span.slot for span in walked.spans] == list(schedule.slots[0])
+    first, _, second, _ = (span.end - span.begin for span in walked.spans)
+    assert first >= 0.05 and second >= 0.01
+    assert all(before.end <= after.begin for before, after in pairwise(walked.spans))
 
 
 # Units: what a sharded optimizer hangs its gathers and reductions on.

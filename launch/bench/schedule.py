@@ -19,7 +19,7 @@ from parallel.pipeline.schedules import MAKERS, make
 
 PLAN = "plan.json"
 FOLDER = Path("schedules")
-SECONDS = 0.02  # of a forward of a rank's share; its backward takes twice as long
+SECONDS = 0.04  # of a forward of a rank's share; its backward takes twice as long
 
 
 def main(arguments: Sequence[str]) -> int:

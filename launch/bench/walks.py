@@ -128,7 +128,10 @@ def _walk(schedule: Schedule, seconds: float, group: Group, rounds: int) -> Sequ
 
 
 def _price(schedule: Schedule, costs: Costs, slot: Slot) -> Price:
-    return Price(costs[_kind(schedule, slot)])
+    """As the executor runs it: gradients leave before weights' are made, and a pair's backward goes first."""
+    kind = _kind(schedule, slot)
+    early = {"full B": (costs["W"],), "F&B": (0.0, costs["F&B"] - costs["B"])}
+    return Price(costs[kind], early=early.get(kind, ()))
 
 
 def _kind(schedule: Schedule, slot: Slot) -> str:

@@ -16,10 +16,14 @@ from parallel.pipeline.timeline import Span, Timeline
 
 @dataclass(frozen=True)
 class Price:
-    """How long a slot takes, and how long of it nothing but the wire is busy."""
+    """How long a slot takes, and how long of it nothing but the wire is busy.
+
+    `early`: for each action, how long before the slot's end its result leaves; none: at the end.
+    """
 
     seconds: float
     exposed: float = 0.0
+    early: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,5 +89,6 @@ def simulate(schedule: Schedule, price: Callable[[Slot], Price], p2p: float = 0.
         begin = max([mine[-1].end if mine else 0.0, *arrivals])
         cost = price(slot)
         mine.append(Span(slot, begin, begin + cost.seconds, cost.exposed))
-        ends |= dict.fromkeys(slot, (begin + cost.seconds, rank))
+        for action, early in zip(slot, cost.early or (0.0,) * len(slot), strict=True):
+            ends[action] = begin + cost.seconds - early, rank
     return Timeline(schedule, tuple(tuple(mine) for mine in spans))

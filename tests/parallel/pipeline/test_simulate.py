@@ -32,6 +32,15 @@ def test_a_slot_begins_when_its_rank_is_free_and_its_input_has_come() -> None:
     assert timeline.bubbles == (4.5, 4.5)
 
 
+def test_a_result_may_leave_before_its_slot_ends() -> None:
+    """Both of a pair, each in its own time; and the rank is busy to the end."""
+    text = "mine: 2 microbatches\nrank 0, stages 0: F0 F1 B0 B1\nrank 1, stages 1: F0 F1&B0 B1"
+    timeline = simulate(parse(text), lambda slot: Price(len(slot) * 2.0, early=(0.5, 3.0)[: len(slot)]))
+    first, second = ([(span.begin, span.end) for span in mine] for mine in timeline.spans)
+    assert first == [(0, 2), (2, 4), (4.5, 6.5), (9.0, 11.0)]
+    assert second == [(1.5, 3.5), (3.5, 7.5), (7.5, 9.5)]
+
+
 def test_what_stays_on_a_rank_does_not_travel() -> None:
     schedule = parse("mine: 1 microbatches\nrank 0, stages 0 1: F0 F0' B0' B0")
     assert simulate(schedule, Costs().price(schedule), p2p=9.0).makespan == 6.0

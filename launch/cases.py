@@ -57,7 +57,8 @@ class Case:
         """The order of the work, as in ``1f1b overlap``; without stages ``overlap`` or ``serial``."""
         if self.layout.pp == 1:
             return "overlap" if self.layout.overlap else "serial"
-        return f"{self.layout.schedule} overlap" if self.layout.overlap else self.layout.schedule
+        name, has_pairs = self.layout.schedule, self.layout.schedule in ("1f1b", "dualpipe", "dualpipev")
+        return f"{name} overlap" if has_pairs and self.layout.overlap else name
 
     def describe(self) -> str:
         """The case in words."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ["pytest", "-q", "-n", "3", "--dist", "loadfile"]  # many tests wait for processes that start
+PYTEST = ["pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
 STEPS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], PYTEST)
 
 

@@ -176,6 +176,7 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
         ("switchyard", "optim.zero_stage", optim.zero_stage, 1),
         ("switchyard", "optim.offload", optim.offload, False),
         ("deepspeed", "layout.pp", layout.pp, 1),
+        ("deepspeed", "layout.schedule", config.layout.schedule, "1f1b"),
         ("deepspeed", "optim.moments", optim.moments, "fp32"),
         ("deepspeed", "optim.fused", optim.fused, "torch"),
     )

@@ -12,7 +12,8 @@ import pytest
 from tests.small import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+PATHS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TEXTS = [path.read_text() for path in PATHS]
 
 SMALL = [
     *("model.hidden_size=32", "model.intermediate_size=32", "model.moe_intermediate_size=16"),
@@ -87,11 +88,11 @@ def test_program(program: str) -> None:
 
 def test_files_named_exist() -> None:
     """Tests and pictures that the README points to are there."""
-    named = [
-        name
-        for text in TEXTS
-        for pattern in (r"`(tests/[\w/.]+)`", r"\]\((\w[\w/.]*)\)")
-        for name in re.findall(pattern, text)
+    tests = [ROOT / name for text in TEXTS for name in re.findall(r"`(tests/[\w/.]+)`", text)]
+    links = [
+        path.parent / name
+        for path, text in zip(PATHS, TEXTS, strict=True)
+        for name in re.findall(r"\]\((\w[\w/.]*)\)", text)
     ]
-    assert named
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert tests and links
+    assert [path for path in (*tests, *links) if not path.exists()] == []

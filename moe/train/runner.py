@@ -14,7 +14,6 @@ from parallel.pipeline.executor import execute
 from parallel.pipeline.gpipe import forward_only
 from parallel.pipeline.link import Boundary, connect, disconnect
 from parallel.pipeline.schedules import make
-from parallel.pipeline.timeline import Span
 from parallel.zero import Zero
 
 
@@ -23,7 +22,6 @@ class Runner:
 
     def __init__(self, model: Transformer, config: RunConfig, groups: Groups, zero: Zero) -> None:
         self.model, self.groups, self.device = model, groups, zero.device
-        self.spans: Sequence[Span] = ()
         self._zero, self._dtype = zero, next(model.parameters()).dtype
         self._layout, self._recompute = config.layout, config.train.recompute == "full"
         schedule = make_schedule(config.layout, config.layout.microbatches)
@@ -49,7 +47,6 @@ class Runner:
             on_enter=self._zero.arrive,
             on_leave=leave,
         )
-        self.spans = walked.spans
         return _by_microbatch(walked.returned)
 
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:

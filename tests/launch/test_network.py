@@ -215,7 +215,7 @@ def test_a_failing_rank_ends_all_nodes(pair: Network, capfd) -> None:
     err = capfd.readouterr().err
     said = re.search(r"^\[node 2 rank 5\] gives up in (\d+) at ([\d.]+)$", err, re.MULTILINE)
     assert said and int(said[1]) == os.stat(first.namespace).st_ino
-    assert end - float(said[2]) < 20
+    assert end - float(said[2]) < 60
     assert err.endswith("switchyard: node 2 ended with exit code 1\n")
 
 
@@ -231,7 +231,8 @@ with hosts(2, rate_mbit=100, delay_ms=1) as up:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nobody_outlives_the_process_that_started_all(number: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        # Whoever runs the tests in the background has them ignore SIGINT, and this process would too.
+        ["env", "--default-signal=INT", sys.executable, "-c", PARENT],
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},  # where SIGKILL leaves its folder of logs
         stdout=subprocess.PIPE,
@@ -241,7 +242,7 @@ def test_nobody_outlives_the_process_that_started_all(number: signal.Signals, tm
     )
     assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=30)  # ends when all that inherited the pipes have ended
+    _, err = process.communicate(timeout=120)  # ends when all that inherited the pipes have ended
     assert process.returncode == -number
     if number == signal.SIGINT:
         assert err.count("Traceback") == 1 and err.endswith("\nKeyboardInterrupt\n")

@@ -42,7 +42,7 @@ class Runner:
             self._stages,
             microbatches,
             link=self._link,
-            boundary=self._boundary(microbatches[0]),
+            boundary=self._boundary(microbatches),
             recompute=self._recompute,
             on_enter=self._zero.arrive,
             on_leave=leave,
@@ -58,7 +58,7 @@ class Runner:
             self._stages,
             microbatches,
             link=self._link,
-            boundary=self._boundary(microbatches[0]),
+            boundary=self._boundary(microbatches),
             on_enter=self._zero.arrive,
         )
         return _by_microbatch(walked.returned)
@@ -67,11 +67,13 @@ class Runner:
         """Give the pipeline's connections back."""
         disconnect(self._link)
 
-    def _boundary(self, microbatch: Microbatch) -> Boundary:
-        size, length = microbatch.tokens.shape
-        held = positions_of(length, self.groups)
-        shape = (size, length // (held.cp * held.tp), self.model.config.hidden_size)
-        return Boundary(shape, self._dtype, self.device)
+    def _boundary(self, microbatches: Sequence[Microbatch]) -> Boundary:
+        shapes = []
+        for microbatch in microbatches:
+            size, length = microbatch.tokens.shape
+            held = positions_of(length, self.groups)
+            shapes.append((size, length // (held.cp * held.tp), self.model.config.hidden_size))
+        return Boundary(shapes[0], self._dtype, self.device, tuple(shapes))
 
 
 def _by_microbatch(returned: Mapping[tuple[int, int], Any]) -> list[Outcome]:

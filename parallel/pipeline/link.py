@@ -25,11 +25,19 @@ from parallel.pipeline.transfers import Channel, channels, transfers
 
 @dataclass(frozen=True)
 class Boundary:
-    """The hidden states between stages, alike for every microbatch; their gradients are alike too."""
+    """The hidden states between stages, and their gradients.
+
+    `shapes`: of every microbatch, where they differ.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    def shape_of(self, microbatch: int) -> tuple[int, ...]:
+        """The shape of one microbatch's."""
+        return self.shapes[microbatch] if self.shapes else self.shape
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ class Mail:
         """Begin to receive what is due before this slot runs."""
         for message in self._transfers.receives[slot]:
             group, boundary = self._groups[message.channel], self._boundary
-            buffer = torch.empty(boundary.shape, dtype=boundary.dtype, device=boundary.device)
+            shape = boundary.shape_of(message.result.microbatch)
+            buffer = torch.empty(shape, dtype=boundary.dtype, device=boundary.device)
             work = dist.irecv(buffer, group=group, group_src=_other_end(group))
             self._arriving[message.result] = Wire(buffer, buffer, work)
 
@@ -109,7 +118,8 @@ class Mail:
     def send(self, result: Action, value: Tensor) -> None:
         """Hand on what an action of this rank made, without waiting."""
         boundary = self._boundary
-        assert (tuple(value.shape), value.dtype) == (tuple(boundary.shape), boundary.dtype), (
+        expected = tuple(boundary.shape_of(result.microbatch)), boundary.dtype
+        assert (tuple(value.shape), value.dtype) == expected, (
             f"{result} made {tuple(value.shape)} of {value.dtype}, but the boundary is {boundary}"
         )
         channel = self._transfers.sends.get(result)

@@ -16,9 +16,10 @@ from parallel.collectives import Splits
 from parallel.errors import UserError
 from parallel.pipeline import link as link_module
 from parallel.pipeline.action import Schedule, parse
+from parallel.pipeline.dualpipe import dualpipe
 from parallel.pipeline.executor import execute
 from parallel.pipeline.gpipe import forward_only, gpipe
-from parallel.pipeline.link import Link, connect
+from parallel.pipeline.link import Boundary, Link, connect
 from parallel.pipeline.one_f_one_b import one_f_one_b
 from parallel.pipeline.tape import Direct, Recorder, Steps, Tape
 from parallel.pipeline.transfers import channels
@@ -215,6 +216,41 @@ def test_a_walk_is_measured_slot_by_slot() -> None:
     first, _, second, _ = (span.end - span.begin for span in walked.spans)
     assert first >= 0.05 and second >= 0.01
     assert all(before.end <= after.begin for before, after in pairwise(walked.spans))
+
+
+class Scaling:
+    """A stage that multiplies by its weight; the last one's loss is the sum of squares."""
+
+    def __init__(self, stage: int, is_last: bool) -> None:
+        self.weight, self.is_last = torch.nn.Parameter(torch.tensor(1.0 + stage)), is_last
+
+    def phases(self, tape: Recorder, microbatch: Tensor, hidden: Tensor | None) -> Steps:
+        rows = microbatch if hidden is None else hidden
+        made = tape.compute(torch.mul, rows, tape.compute(lambda weight: weight * 1.0, self.weight))
+        if self.is_last:
+            tape.root(tape.compute(lambda rows: rows.square().sum(), made), 1.0)
+        yield from ()
+        return (None if self.is_last else made), None
+
+
+def scale(rank: int, world_size: int, lengths: tuple[int, ...]) -> dict[int, Tensor]:
+    schedule = dualpipe(world_size, len(lengths))
+    place = toy_place(rank, world_size, world_size)
+    link = connect(schedule, place.pipeline, torch.device("cpu"))
+    stages = {stage: Scaling(stage, stage == world_size - 1) for stage in schedule.stages[rank]}
+    shapes = tuple((length, 2) for length in lengths)
+    boundary = Boundary(shapes[0], torch.float32, torch.device("cpu"), shapes)
+    rows = [torch.full(shape, 1.0) for shape in shapes]
+    execute(schedule, stages, rows, link=link, boundary=boundary)
+    return {number: stage.weight.grad for number, stage in stages.items()}
+
+
+def test_microbatches_may_have_any_length() -> None:
+    lengths = (3, 1, 5, 2)
+    first, second = run_ranks(2, scale, lengths)
+    # The loss is 2 n (1 w)^2 with weights 1 and 2; its gradients are 2 * 2 n * 4 / weight.
+    for stage, weight in ((0, 1.0), (1, 2.0)):
+        assert float(first[stage] + second[stage]) == 2 * 2 * sum(lengths) * 4 / weight
 
 
 # Units: what a sharded optimizer hangs its gathers and reductions on.

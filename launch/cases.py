@@ -13,6 +13,7 @@ from moe.config import LayoutConfig, RunConfig, ScheduleName
 from moe.rules import validate
 from parallel.errors import UserError
 from parallel.layout import Layout, divisors
+from parallel.pipeline.schedules import FORMS
 
 Recompute = Literal["none", "full"]
 RECOMPUTE: tuple[Recompute, Recompute] = ("none", "full")
@@ -44,7 +45,7 @@ class Case:
             pp=config.pp,
             ep=config.ep,
             etp=config.etp,
-            both_ways=config.both_ways,
+            both_ways=FORMS[config.schedule].both_ways,
         )
 
     @property
@@ -57,8 +58,8 @@ class Case:
         """The order of the work, as in ``1f1b overlap``; without stages ``overlap`` or ``serial``."""
         if self.layout.pp == 1:
             return "overlap" if self.layout.overlap else "serial"
-        name, has_pairs = self.layout.schedule, self.layout.schedule in ("1f1b", "dualpipe", "dualpipev")
-        return f"{name} overlap" if has_pairs and self.layout.overlap else name
+        name = self.layout.schedule
+        return f"{name} overlap" if FORMS[name].overlaps and self.layout.overlap else name
 
     def describe(self) -> str:
         """The case in words."""

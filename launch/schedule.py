@@ -14,8 +14,9 @@ from typing import Any
 from launch.output import check_json, write_json
 from moe.telemetry.sinks import replace_file
 from parallel.errors import UserError
+from parallel.pipeline.action import Schedule
 from parallel.pipeline.draw import draw
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, make, make_all
 from parallel.pipeline.simulate import Costs, parse_costs, simulate
 from parallel.pipeline.summary import stage_costs, summarize
 from parallel.pipeline.text import sketch
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         replays, left_out = _replay_all(options)
         text, result = _comparison(replays, left_out, options)
     else:
-        replays = [_replay(options.name, options)]
+        replays = [_replay_one(options)]
         text, result = str(replays[0]), replays[0].json()
     print(json.dumps(result, indent=2) if options.json == STDOUT else text, flush=True)
     if options.json != STDOUT:
@@ -92,7 +93,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if value < 1:
             raise UserError(f"`--{name}` must be at least 1, but is {value}: use 1 or more")
     if options.name is None and not options.compare:
-        raise UserError(f"a schedule must be named, but none is: use {', '.join(MAKERS)}, or `--compare`")
+        raise UserError(f"a schedule must be named, but none is: use {', '.join(FORMS)}, or `--compare`")
     if options.stages_per_rank is None:
         options.stages_per_rank = 2
     elif not options.compare and options.name != "interleaved":
@@ -106,23 +107,23 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _replay(name: str, options: argparse.Namespace) -> Replay:
-    schedule = make(name, options.ranks, options.microbatches, stages_per_rank=options.stages_per_rank)
-    costs = stage_costs(options.cost, schedule) if options.compare else options.cost
+def _replay(name: str, schedule: Schedule, costs: Costs) -> Replay:
     return Replay(name, costs, simulate(schedule, costs.price(schedule), costs.p2p))
+
+
+def _replay_one(options: argparse.Namespace) -> Replay:
+    schedule = make(
+        options.name, options.ranks, options.microbatches, stages_per_rank=options.stages_per_rank
+    )
+    return _replay(options.name, schedule, options.cost)
 
 
 def _replay_all(options: argparse.Namespace) -> tuple[list[Replay], dict[str, str]]:
     """All schedules that can run with these numbers, and by name why the others cannot."""
     if options.name is not None:
-        _replay(options.name, options)  # the one that was called for must be among them
-    replays, left_out = [], {}
-    for name in MAKERS:
-        try:
-            replays.append(_replay(name, options))
-        except UserError as error:
-            left_out[name] = str(error)
-    return replays, left_out
+        _replay_one(options)  # the one that was called for must be among them
+    made, left_out = make_all(options.ranks, options.microbatches, stages_per_rank=options.stages_per_rank)
+    return [_replay(name, each, stage_costs(options.cost, each)) for name, each in made.items()], left_out
 
 
 def _comparison(

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from moe.config import LayoutConfig, ModelConfig, RunConfig
+from parallel.pipeline.schedules import count_stages
 
 
 def shrink(config: RunConfig, degrees: LayoutConfig) -> RunConfig:
@@ -42,7 +43,8 @@ def changes(before: RunConfig, after: RunConfig) -> str:
 def _shrink_model(model: ModelConfig, degrees: LayoutConfig) -> ModelConfig:
     num_dense = min(model.num_dense_layers, 1)
     num_moe = min(model.num_layers - model.num_dense_layers, 2)
-    num_layers = min(model.num_layers, max(num_dense + num_moe, degrees.pp, degrees.num_stages - 1))
+    stages = count_stages(degrees.schedule, degrees.pp, degrees.stages_per_rank)
+    num_layers = min(model.num_layers, max(num_dense + num_moe, degrees.pp, stages - 1))
     hidden = _small(model.hidden_size, 64, degrees.tp)
     top_k = min(model.top_k, 4)
     # In the groups that are kept, twice as many experts as are chosen: it stays a choice.

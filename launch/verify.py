@@ -54,6 +54,7 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     notes = [f"computed in fp32, where differences show: {changes(given, config)}"] if config != given else []
     if options.sweep:
         every = options.ranks  # tp x cp is at most all of them
+        # With the schedule that asks for the most layers.
         degrees = LayoutConfig(tp=every, pp=every, dp=every, ep=every, etp=every, schedule="dualpipev")
     else:
         degrees = replace(config.layout, dp=validate(config, options.ranks).dp)

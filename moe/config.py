@@ -111,17 +111,6 @@ class LayoutConfig:
     stages_per_rank: int = 2  # of an interleaved schedule
     overlap: bool = True  # hide one microbatch's all-to-all behind another's compute
 
-    @property
-    def num_stages(self) -> int:
-        """Parts that the layers are cut into."""
-        each = {"interleaved": self.stages_per_rank, "dualpipev": 2}.get(self.schedule, 1)
-        return self.pp * each
-
-    @property
-    def both_ways(self) -> bool:
-        """Whether microbatches enter the pipeline at both ends, and stages are held twice."""
-        return self.schedule == "dualpipe"
-
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from moe.config import ModelConfig, RunConfig
 from parallel.errors import UserError
 from parallel.layout import Layout, alternatives, length_multiple
-from parallel.pipeline.schedules import require_numbers
+from parallel.pipeline.schedules import FORMS, count_stages, require_numbers
 
 Config = TypeVar("Config")
 
@@ -115,7 +115,7 @@ def _layout(config: RunConfig, world_size: int | None) -> Layout:
         pp=wanted.pp,
         ep=wanted.ep,
         etp=wanted.etp,
-        both_ways=wanted.both_ways,
+        both_ways=FORMS[wanted.schedule].both_ways,
     )
     if world_size is not None and world_size != layout.world_size:
         raise UserError(
@@ -159,7 +159,8 @@ def _validate_schedule(config: RunConfig, layout: Layout) -> None:
     """What a schedule asks of ranks, microbatches and layers."""
     wanted, model = config.layout, config.model
     require_numbers(wanted.schedule, layout.pp, wanted.microbatches, wanted.stages_per_rank)
-    stages, most = wanted.num_stages, model.num_layers + 1
+    stages = count_stages(wanted.schedule, layout.pp, wanted.stages_per_rank)
+    most = model.num_layers + 1
     if stages > most:
         each = stages // layout.pp
         rule = "`layout.pp`" if each == 1 else f"`layout.pp` x {each} stages of `{wanted.schedule}`"

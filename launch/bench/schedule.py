@@ -13,12 +13,11 @@ from typing import Any
 from launch.bench.output import parse
 from launch.output import write_json
 from launch.ranks import AS_RANK, rank_command
+from launch.schedule import FOLDER
 from moe.rules import build
-from parallel.errors import UserError
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import make_all
 
 PLAN = "plan.json"
-FOLDER = Path("schedules")
 SECONDS = 0.04  # of a forward of a rank's share; its backward takes twice as long
 
 
@@ -30,9 +29,12 @@ def main(arguments: Sequence[str]) -> int:
     from launch.bench.walks import RESULT, WalksPlan  # imports torch
     from launch.local import start_ranks
 
+    made, left_out = make_all(options.ranks, options.microbatches)
+    for reason in left_out.values():
+        print(f"left out: {reason}")
     FOLDER.mkdir(exist_ok=True)
     plan = WalksPlan(
-        schedules=tuple(_possible(options.ranks, options.microbatches)),
+        schedules=tuple(made),
         ranks=options.ranks,
         microbatches=options.microbatches,
         rounds=options.rounds,
@@ -51,18 +53,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"drawn: {FOLDER}/measured-NAME-{plan.ranks}-{plan.microbatches}.png")
     write_json(options.json, {**asdict(plan), "rows": rows})
     return 0
-
-
-def _possible(ranks: int, microbatches: int) -> list[str]:
-    found = []
-    for name in MAKERS:
-        try:
-            make(name, ranks, microbatches)
-        except UserError as error:
-            print(f"left out: {error}")
-        else:
-            found.append(name)
-    return found
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from parallel.pipeline.action import Schedule
 from parallel.pipeline.executor import execute
 from parallel.pipeline.gpipe import forward_only
 from parallel.pipeline.link import Boundary, connect, disconnect
-from parallel.pipeline.schedules import make
+from parallel.pipeline.schedules import FORMS, make
 from parallel.zero import Zero
 
 
@@ -50,11 +50,9 @@ class Runner:
         return _by_microbatch(walked.returned)
 
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
-        """Forward alone: nothing is recorded or moved. Of stages held twice each is run by one rank."""
-        stages = make_schedule(self._layout, self._layout.microbatches).stages
-        once = [held[:1] for held in stages] if self.groups.layout.both_ways else stages
+        """Forward alone: nothing is recorded or moved."""
         walked = execute(
-            forward_only(once, len(microbatches)),
+            _make_evaluation(self._layout, len(microbatches)),
             self._stages,
             microbatches,
             link=self._link,
@@ -97,3 +95,11 @@ def make_schedule(layout: LayoutConfig, num_microbatches: int) -> Schedule:
         overlap=layout.overlap,
         stages_per_rank=layout.stages_per_rank,
     )
+
+
+@lru_cache(maxsize=8)
+def _make_evaluation(layout: LayoutConfig, num_microbatches: int) -> Schedule:
+    """Forwards alone, on the ranks that train these stages; of those that hold a stage twice, by one."""
+    stages = make_schedule(layout, layout.microbatches).stages
+    once = [held[:1] for held in stages] if FORMS[layout.schedule].both_ways else stages
+    return forward_only(once, num_microbatches)

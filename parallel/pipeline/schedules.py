@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from parallel.errors import UserError
 from parallel.pipeline.action import Schedule
@@ -12,15 +13,35 @@ from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_f_one_b import one_f_one_b
 from parallel.pipeline.zb_h1 import zb_h1
 
-# From ranks, microbatches and stages per rank.
-MAKERS: dict[str, Callable[[int, int, int], Schedule]] = {
-    "gpipe": lambda ranks, microbatches, _: gpipe(ranks, microbatches),
-    "1f1b": lambda ranks, microbatches, _: one_f_one_b(ranks, microbatches),
-    "1f1b-overlap": lambda ranks, microbatches, _: one_f_one_b(ranks, microbatches, overlap=True),
-    "interleaved": interleaved,
-    "zb-h1": lambda ranks, microbatches, _: zb_h1(ranks, microbatches),
-    "dualpipe": lambda ranks, microbatches, _: dualpipe(ranks, microbatches),
-    "dualpipev": lambda ranks, microbatches, _: dualpipev(ranks, microbatches),
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a schedule before there is one.
+
+    `make` takes ranks, microbatches and stages per rank, which are `stages_per_rank`, or with None as many
+    as are asked for. `both_ways`: every stage is held twice. `overlaps`: it can be told to have no pairs.
+    """
+
+    make: Callable[[int, int, int], Schedule]
+    stages_per_rank: int | None = 1
+    both_ways: bool = False
+    overlaps: bool = False
+
+
+FORMS = {
+    "gpipe": Form(lambda ranks, microbatches, _: gpipe(ranks, microbatches)),
+    "1f1b": Form(lambda ranks, microbatches, _: one_f_one_b(ranks, microbatches), overlaps=True),
+    "1f1b-overlap": Form(
+        lambda ranks, microbatches, _: one_f_one_b(ranks, microbatches, overlap=True), overlaps=True
+    ),
+    "interleaved": Form(interleaved, stages_per_rank=None),
+    "zb-h1": Form(lambda ranks, microbatches, _: zb_h1(ranks, microbatches)),
+    "dualpipe": Form(
+        lambda ranks, microbatches, _: dualpipe(ranks, microbatches), both_ways=True, overlaps=True
+    ),
+    "dualpipev": Form(
+        lambda ranks, microbatches, _: dualpipev(ranks, microbatches), stages_per_rank=2, overlaps=True
+    ),
 }
 
 
@@ -33,15 +54,33 @@ def make(
     `1f1b-overlap`; False has no pairs in any schedule. Raises UserError where there is no such name, or
     the schedule cannot run with these numbers.
     """
-    if name not in MAKERS:
-        nearest = difflib.get_close_matches(name, MAKERS, n=1, cutoff=0.0)[0]
+    if name not in FORMS:
+        nearest = difflib.get_close_matches(name, FORMS, n=1, cutoff=0.0)[0]
         raise UserError(f"there is no schedule `{name}`: did you mean `{nearest}`?")
     if name in ("1f1b", "1f1b-overlap") and overlap is not None:
-        name = "1f1b-overlap" if overlap else "1f1b"
+        name, overlap = "1f1b-overlap" if overlap else "1f1b", None
     require_numbers(name, ranks, microbatches, stages_per_rank)
-    schedule = MAKERS[name](ranks, microbatches, stages_per_rank)
-    paired = any(len(slot) > 1 for mine in schedule.slots for slot in mine)
-    return schedule.serial() if paired and overlap is False else schedule
+    form = FORMS[name]
+    schedule = form.make(ranks, microbatches, stages_per_rank)
+    return schedule.serial() if form.overlaps and overlap is False else schedule
+
+
+def make_all(
+    ranks: int, microbatches: int, *, stages_per_rank: int = 2
+) -> tuple[dict[str, Schedule], dict[str, str]]:
+    """By name, all schedules that can run with these numbers, and why the others cannot."""
+    made, left_out = {}, {}
+    for name in FORMS:
+        try:
+            made[name] = make(name, ranks, microbatches, stages_per_rank=stages_per_rank)
+        except UserError as error:
+            left_out[name] = str(error)
+    return made, left_out
+
+
+def count_stages(name: str, ranks: int, stages_per_rank: int) -> int:
+    """Parts that a schedule cuts a model into."""
+    return ranks * (FORMS[name].stages_per_rank or stages_per_rank)
 
 
 def require_numbers(name: str, ranks: int, microbatches: int, stages_per_rank: int) -> None:

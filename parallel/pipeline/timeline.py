@@ -38,7 +38,8 @@ class Timeline:
     @property
     def bubbles(self) -> tuple[float, ...]:
         """Per rank, the time outside its spans."""
-        return tuple(self.makespan - sum(span.end - span.begin for span in mine) for mine in self.spans)
+        makespan = self.makespan
+        return tuple(makespan - sum(span.end - span.begin for span in mine) for mine in self.spans)
 
     @property
     def exposed(self) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from launch.__main__ import main
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, make
 
 Printed = pytest.CaptureFixture[str]
 
@@ -96,7 +96,7 @@ def test_comparison_is_fair(capsys: Printed) -> None:
     """Every rank computes 8 (F + B) under every schedule; the rest is bubble."""
     assert schedule("--compare --ranks 4 --microbatches 8 --json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in result["rows"]] == list(MAKERS) and result["left_out"] == {}
+    assert [row["name"] for row in result["rows"]] == list(FORMS) and result["left_out"] == {}
     for row in result["rows"]:
         assert row["makespan"] - row["bubble"] == 8 * 3
     assert [row["peak_share"] for row in result["rows"]] == [8, 4, 8, 5.5, 4, 5, 4.5]

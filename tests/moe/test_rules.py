@@ -1,14 +1,15 @@
 """Strict building and the rules between fields: each mistake gets one sentence with a remedy."""
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from moe.config import LayoutConfig, ModelConfig, RopeConfig, RunConfig
+from moe.config import LayoutConfig, ModelConfig, RopeConfig, RunConfig, ScheduleName
 from moe.rules import build, known_keys, validate
 from parallel.errors import UserError
 from parallel.layout import Layout
+from parallel.pipeline.schedules import FORMS
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -295,3 +296,8 @@ def test_ranges_of_lesser_fields(key: str, value: Any) -> None:
 )
 def test_open_ends_and_the_rotation(key: str, value: Any) -> None:
     assert sentence({key: value}).startswith(f"`{key}` must ")
+
+
+def test_every_schedule_that_can_be_set_is_known() -> None:
+    """`layout.overlap` says whether 1f1b has pairs; only where there is no such setting has that a name."""
+    assert set(get_args(ScheduleName)) == FORMS.keys() - {"1f1b-overlap"}

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from parallel.pipeline import draw as drawing
 from parallel.pipeline.action import Action, Schedule
 from parallel.pipeline.draw import COLOURS, DOTS_PER_INCH, draw
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, make
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.timeline import Span, Timeline
 
@@ -63,7 +63,7 @@ def by_action(path: Path, mine: Timeline, index: int = 0) -> dict[Action, Box]:
     return dict(zip(actions, boxes(path, f"timeline-{index}"), strict=True))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_action_is_where_and_as_long_as_it_ran(name: str, tmp_path: Path) -> None:
     mine = timeline(make(name, 4, 8), Costs(f=1, b=2.5, w=0.9, a2a=0.5))
     draw([mine], [name], tmp_path / "a.svg")

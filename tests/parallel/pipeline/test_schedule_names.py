@@ -6,10 +6,10 @@ from parallel.errors import UserError
 from parallel.pipeline.check import check
 from parallel.pipeline.interleaved import interleaved
 from parallel.pipeline.one_f_one_b import one_f_one_b
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, count_stages, make, make_all
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("overlap", [None, True, False])
 def test_every_name_makes_a_lawful_schedule(name: str, overlap: bool | None) -> None:
     schedule = make(name, 4, 8, overlap=overlap)
@@ -22,7 +22,7 @@ def test_overlap_overrules_the_name() -> None:
     paired = {None: {"1f1b-overlap", "dualpipe", "dualpipev"}, False: set()}
     paired[True] = paired[None] | {"1f1b"}
     for overlap, names in paired.items():
-        found = {name for name in MAKERS if "&" in str(make(name, 4, 8, overlap=overlap))}
+        found = {name for name in FORMS if "&" in str(make(name, 4, 8, overlap=overlap))}
         assert found == names
     assert make("1f1b-overlap", 4, 8, overlap=False) == make("1f1b", 4, 8) == one_f_one_b(4, 8)
     assert make("dualpipe", 4, 8, overlap=False) == make("dualpipe", 4, 8).serial()
@@ -81,3 +81,19 @@ def test_what_cannot_run(arguments: tuple, sentence: str) -> None:
 )
 def test_what_can(name: str, ranks: int, microbatches: int) -> None:
     check(make(name, ranks, microbatches))
+
+
+def test_all_that_can_and_why_the_others_cannot() -> None:
+    made, left_out = make_all(3, 6)
+    assert {*made, *left_out} == set(FORMS)
+    assert list(left_out) == ["dualpipe"]
+    assert "needs an even number of pipeline ranks" in left_out["dualpipe"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_known_of_a_schedule_before_there_is_one(name: str) -> None:
+    form, schedule = FORMS[name], make(name, 4, 8, stages_per_rank=3)
+    assert count_stages(name, 4, 3) == schedule.num_stages
+    assert form.both_ways == (sum(map(len, schedule.stages)) == 2 * schedule.num_stages)
+    differs = make(name, 4, 8, overlap=True).slots != make(name, 4, 8, overlap=False).slots
+    assert form.overlaps == differs

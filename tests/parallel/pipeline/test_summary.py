@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, make
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.summary import stage_costs, stage_share, summarize
 
@@ -14,15 +14,15 @@ def summary(name: str, ranks: int, microbatches: int, **costs: float):
 
 
 def test_a_share_is_what_a_rank_computes() -> None:
-    shares = {name: stage_share(make(name, 4, 8)) for name in MAKERS}
-    assert shares == dict.fromkeys(MAKERS, 1.0) | {"interleaved": 0.5, "dualpipev": 0.5}
+    shares = {name: stage_share(make(name, 4, 8)) for name in FORMS}
+    assert shares == dict.fromkeys(FORMS, 1.0) | {"interleaved": 0.5, "dualpipev": 0.5}
     schedule = make("dualpipev", 4, 8)
     assert stage_costs(Costs(f=1, b=2, w=1, a2a=0.5, p2p=0.1), schedule) == Costs(
         f=0.5, b=1, w=0.5, a2a=0.25, p2p=0.1
     )
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_rank_does_the_same_work(name: str) -> None:
     """Eight microbatches of 1 forwards and 2 backwards, and twice their all-to-all where nothing hides it."""
     schedule = make(name, 4, 8, overlap=False)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from parallel.pipeline.action import parse
-from parallel.pipeline.schedules import MAKERS, make
+from parallel.pipeline.schedules import FORMS, make
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.timeline import Span, Timeline
 from parallel.pipeline.trace import trace
@@ -25,7 +25,7 @@ def slices(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [event for event in json.loads(json.dumps(content))["traceEvents"] if event["ph"] == "X"]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_one_event_per_action_on_its_rank(name: str) -> None:
     mine = timeline(name)
     events = slices(trace([mine], [name]))
@@ -41,7 +41,7 @@ def test_one_event_per_action_on_its_rank(name: str) -> None:
     assert [event["ts"] for event in events] == sorted(event["ts"] for event in events)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_events_meet_but_never_overlap_unless_they_are_a_pair(name: str) -> None:
     events = slices(trace([timeline(name)], [name]))
     pairs = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipe", "dualpipev"]
+Component = Literal["embedding", "attention", "router", "experts", "shared", "dense", "norm", "head", "mtp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """What of a model is trained: all of it, low-rank adapters (2106.09685), or some experts (2407.01906)."""
+
+    method: Literal["full", "lora", "esft"] = "full"
+    frozen: tuple[Component, ...] = ()  # of a full training: components that stay as they are
+    lora_rank: int = 16
+    lora_alpha: float = 32.0  # an adapter's output counts alpha / rank
+    lora_targets: tuple[Component, ...] = ("attention", "dense", "shared", "experts")
+    selection: str | None = None  # ESFT: the file that names the chosen experts of each layer
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What is recorded of expert load."""
 
@@ -187,6 +200,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -211,9 +211,17 @@ class Transformer(nn.Module):
         )
 
     def _embed(self, tape: Recorder, around: Surroundings, tokens: Tensor) -> Tensor:
-        assert self.embedding is not None
-        embedded: Tensor = tape.compute(self.embedding, around.positions.context(tokens))
+        embedded: Tensor = tape.compute(self._look_up, around.positions.context(tokens))
         return embedded
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        """Hidden states that always ask for a gradient.
+
+        Ranks that train different parts must still make the same exchanges on the way back.
+        """
+        assert self.embedding is not None
+        hidden: Tensor = self.embedding(tokens)
+        return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[B, s, D] -> [B, S, V / tp], this rank's part of the vocabulary."""

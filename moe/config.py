@@ -121,12 +121,14 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 20
-    decay_fraction: float = 0.2  # of `train.steps`, the tail of WSD
+    decay_fraction: float = 0.2  # of the schedule's steps, the tail of WSD
+    begin_step: int = 0  # where the schedule begins: a finished run's last step, to go on under another
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    clip: Literal["model", "component"] = "model"  # of what that is the greatest norm
     grad_reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients travel as; added up in fp32 before
     moments: Literal["fp32", "bf16"] = "fp32"  # how they are kept; computed in fp32
     fused: Literal["torch", "apex", "te"] = "torch"  # whose kernel; te is Transformer Engine
@@ -143,6 +145,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences per step, over all ranks
     seed: int = 1234
     precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = False  # only kernels that give the same bits again, where torch has several
     recompute: Literal["none", "full"] = "none"
     mtp_weight: float = 0.3
     save_every: int = 50

@@ -92,6 +92,11 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
             f"`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but {batch} "
             f"is not a multiple of {parts}: use {' or '.join(str(size) for size in near)}"
         )
+    if config.optim.begin_step >= config.train.steps:
+        raise UserError(
+            f"`optim.begin_step` must lie before `train.steps`, but {config.optim.begin_step} >= "
+            f"{config.train.steps}: raise `train.steps` by the steps that are to come"
+        )
     if config.data.sequence_length > model.max_context:
         raise UserError(
             f"`data.sequence_length` must not exceed `model.max_context`, but {config.data.sequence_length} "
@@ -180,6 +185,7 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
         ("deepspeed", "layout.schedule", config.layout.schedule, "1f1b"),
         ("deepspeed", "optim.moments", optim.moments, "fp32"),
         ("deepspeed", "optim.fused", optim.fused, "torch"),
+        ("deepspeed", "optim.clip", optim.clip, "model"),
     )
     for engine, field, value, only in rules:
         if optim.engine == engine and value != only:
@@ -244,6 +250,7 @@ _NOT_NEGATIVE = (
     *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),
     *("balance.bias_rate", "balance.bias_freeze_step", "balance.bias_clamp", "balance.sequence_aux"),
     *("balance.microbatch_aux", "balance.global_aux", "optim.warmup_steps", "optim.clip_norm"),
+    "optim.begin_step",
     *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every", "train.keep_every"),
     *("train.eval_sequences", "train.sample_tokens", "train.seed", "telemetry.domains_every"),
 )

@@ -5,7 +5,7 @@ is laid into flat buffers, one of weights and one of fp32 gradients, of which ev
 shard; optimizer and checkpoint see only the owned shards. Pairs whose gradients are complete at the same
 moment form a unit. A step is
 
-    clear, backward with start_reduce(unit) as units are done, finish_reduce, norm, scale,
+    clear, backward with start_reduce(unit) as units are done, finish_reduce, norms (and clipping),
     the optimizer moves the masters, start_gather, arrive(unit) as the next forward enters each
 
 On NCCL reductions and gathers are in place and overlap with compute; without copies nothing is sent.
@@ -122,21 +122,21 @@ class Zero:
         self._complete.clear()
 
     def norm(self) -> float:
-        """The 2-norm of the whole model's gradient. Same on every rank; all must call.
+        """The 2-norm of the whole model's gradient. Same on every rank; all must call."""
+        return self.norms(("",), lambda name: "")[""]
+
+    def norms(self, kinds: Sequence[str], kind_of: Callable[[str], str]) -> dict[str, float]:
+        """The 2-norm of the whole model's gradient by kind of parameter. Same on every rank; all must call.
 
         Every element of the model is owned by exactly one rank of the world, whatever its replicas, so the
         squares of all owned shards, summed in fp64, are the one correct norm without weighing any of them.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for bucket in self._buckets():
-            for part in bucket.grad.split(_NORM_ELEMENTS):
+        totals = torch.zeros(len(kinds), dtype=torch.float64, device=self.device)
+        for segment in self.segments():
+            total = totals[kinds.index(kind_of(segment.name))]
+            for part in segment.grad.split(_NORM_ELEMENTS):
                 total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
-        return all_reduce(total, self._world).sqrt().item()
-
-    def scale(self, factor: float) -> None:
-        """Multiply every reduced gradient."""
-        for bucket in self._buckets():
-            bucket.grad.mul_(factor)
+        return dict(zip(kinds, all_reduce(totals, self._world).sqrt().tolist(), strict=True))
 
     def start_gather(self) -> None:
         """Round the moved masters to weights and start sharing them, in the order the forward needs them."""

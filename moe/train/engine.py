@@ -3,12 +3,14 @@
 `Switchyard` is the house's own, for every layout; `DeepSpeed` (deepspeed.py) trades speed for memory.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 
-from moe.config import RunConfig
+from moe.components import component_of
+from moe.config import Component, RunConfig
 from moe.model.transformer import Microbatch, Outcome, Transformer
 from moe.train.optim import DTYPES, Optimizer
 from moe.train.runner import Runner
@@ -16,6 +18,8 @@ from moe.train.units import parameter_units
 from parallel.groups import Groups
 from parallel.shards import Piece, pieces
 from parallel.zero import Zero
+
+KINDS = ("model", *get_args(Component))  # of what a gradient is clipped by itself
 
 
 class Engine(Protocol):
@@ -62,6 +66,7 @@ class Switchyard:
         self._optimizer = Optimizer(self.zero.segments(), config.optim)
         self._runner = Runner(model, config, groups, self.zero)
         self._clip_norm = config.optim.clip_norm
+        self._kind_of = component_of if config.optim.clip == "component" else _whole_model
 
     def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
         """Forward and backward as the schedule says; gradients are summed as their units are complete."""
@@ -72,12 +77,13 @@ class Switchyard:
 
     def update(self, rate: float) -> float:
         """Move the masters; weights that are not here yet arrive as the next forward asks for them."""
-        norm = self.zero.norm()
-        if 0 < self._clip_norm < norm:
-            self.zero.scale(self._clip_norm / norm)
+        norms = self.zero.norms(KINDS, self._kind_of)
+        over = {kind: self._clip_norm / norm for kind, norm in norms.items() if 0 < self._clip_norm < norm}
+        for segment in self.zero.segments() if over else ():
+            segment.grad.mul_(over.get(self._kind_of(segment.name), 1.0))
         self._optimizer.step(rate)
         self.zero.start_gather()
-        return norm
+        return math.hypot(*norms.values())
 
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
         """Losses or logits of microbatches, without gradients."""
@@ -100,3 +106,7 @@ class Switchyard:
         self.zero.start_gather()
         self.zero.arrive_all()
         self._optimizer.set_steps(steps)
+
+
+def _whole_model(name: str) -> str:
+    return "model"

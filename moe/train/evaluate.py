@@ -1,5 +1,7 @@
 """Validation loss, in all and by domain, over the same sequences every time. Nothing is counted or moved."""
 
+import math
+
 import torch
 
 from moe.data.loader import Loader
@@ -52,3 +54,8 @@ def evaluate(
     loss, count = all_reduce(sums, groups.world).tolist()
     means = {name: total / n for name, total, n in zip(domains, loss, count, strict=True) if n}
     return {"all": sum(loss) / max(1.0, sum(count)), **means}
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf

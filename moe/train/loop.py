@@ -24,7 +24,7 @@ from moe.telemetry.report import summary, write_report
 from moe.telemetry.sinks import replace_file
 from moe.train import state
 from moe.train.environment import environment
-from moe.train.evaluate import evaluate
+from moe.train.evaluate import evaluate, perplexity
 from moe.train.record import Recorder
 from moe.train.sample import sample
 from moe.train.step import StepResult, make_trainer, open_loader, read_batches
@@ -45,7 +45,7 @@ def train(config: RunConfig, run: Path) -> int:
 
     Every rank of the layout calls, with torch's rank variables set when there are several.
     """
-    with world() as device:
+    with world(deterministic=config.train.deterministic) as device:
         groups = build_groups(validate(config, dist.get_world_size() if dist.is_initialized() else 1))
         return _Run(config, run, groups, device).train()
 
@@ -154,7 +154,10 @@ class _Run:
         )
         if self.recorder and shown:
             self.recorder.evaluation(self.position.step, losses)
-            shown.note(f"step {self.position.step}: validation loss {losses['all']:.3f}")
+            loss = losses["all"]
+            shown.note(
+                f"step {self.position.step}: validation loss {loss:.3f}, perplexity {perplexity(loss):.4g}"
+            )
 
     def _agree(self, wanted: bool) -> bool:
         """Whether any rank was told to stop."""

@@ -21,7 +21,11 @@ _CHUNK = 2**26  # elements moved by one call, which bounds the memory of widened
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate at a step (0-based) of a run of `steps`: linear warmup, then cosine or warmup-stable-decay."""
+    """The rate at a step (0-based) of a run of `steps`: linear warmup, then cosine or warmup-stable-decay.
+
+    All of it between `config.begin_step` and the end.
+    """
+    step, steps = step - config.begin_step, steps - config.begin_step
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "wsd":

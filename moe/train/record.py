@@ -11,6 +11,7 @@ import torch
 from moe.config import RunConfig
 from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
 from moe.telemetry.sinks import JsonLines, read_rows, trim_after
+from moe.train.evaluate import perplexity
 from moe.train.step import LayerCounts, StepResult
 
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
@@ -77,9 +78,10 @@ class Recorder:
         return row
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Write the validation losses after a step, by domain."""
+        """Write the validation losses and perplexities after a step, by domain."""
         for domain, loss in losses.items():
-            self._metrics.write({"step": step, "eval_loss": loss, "domain": domain})
+            facts = {"eval_loss": loss, "perplexity": perplexity(loss), "domain": domain}
+            self._metrics.write({"step": step, **facts})
 
     def close(self) -> None:
         """Close both files."""

@@ -13,11 +13,17 @@ from parallel.layout import Layout
 
 
 @contextmanager
-def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
+def world(
+    timeout: timedelta = timedelta(minutes=10), *, deterministic: bool = False
+) -> Iterator[torch.device]:
     """Join the ranks that torch's variables name, if there are several; gives this rank's device.
 
-    `timeout`: how long a rank waits for the others before the run ends.
+    `timeout`: how long a rank waits for the others before the run ends. `deterministic`: torch takes
+    kernels that give the same bits again, and raises where it has none.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -29,6 +35,7 @@ def world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        torch.use_deterministic_algorithms(False)
         if several:
             dist.destroy_process_group()
 

@@ -35,7 +35,8 @@ def reduce(rank: int, world_size: int) -> tuple[list[Flat], float, float]:
     add_gradients(parameters, rank, world_size)
     zero.finish_reduce()
     held, norm = travelling(owned(zero, "grad")), zero.norm()
-    zero.scale(0.5)
+    for segment in zero.segments():
+        segment.grad.mul_(0.5)
     return held, norm, zero.norm()
 
 

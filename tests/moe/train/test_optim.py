@@ -52,6 +52,8 @@ CONFIG = OptimConfig(weight_decay=0.5)
 def test_learning_rate(schedule: str, step: int, expected: float) -> None:
     config = OptimConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1, schedule=schedule, decay_fraction=0.2)  # type: ignore[arg-type]
     assert learning_rate(config, step, 100) == pytest.approx(expected)
+    later = replace(config, begin_step=40)  # the same schedule after a run of 40 steps
+    assert learning_rate(later, step + 40, 140) == pytest.approx(expected)
 
 
 def train(

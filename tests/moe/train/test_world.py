@@ -29,3 +29,10 @@ def test_one_rank_needs_no_process_group(monkeypatch) -> None:
         assert not dist.is_initialized()
         assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
         assert groups.world is None
+
+
+def test_deterministic_kernels_for_as_long_as_asked(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world(deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()

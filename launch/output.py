@@ -17,4 +17,4 @@ def check_json(path: Path | None) -> None:
 def write_json(path: Path | None, result: Any) -> None:
     """Write a result, if it was asked for."""
     if path:
-        replace_file(path, json.dumps(result, indent=2).encode())
+        replace_file(path, json.dumps(result, indent=2, allow_nan=False).encode())

@@ -5,7 +5,6 @@ into, while the others wait; then all take the layout of each case through the s
 at its first step that fails.
 """
 
-import json
 import math
 import textwrap
 import time
@@ -20,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from launch.cases import Case, Plan
+from launch.output import write_json
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
-from moe.telemetry.sinks import replace_file
 from moe.train.proof import BOUNDS, Difference, compare, record
 from moe.train.step import open_loader
 from moe.train.world import groups_of, world
@@ -131,9 +130,7 @@ class Table:
             f"{time.perf_counter() - self._begin:.0f} s",
             flush=True,
         )
-        if plan.json:
-            content = {"passed": not failed, "rows": self._rows}
-            replace_file(plan.json, json.dumps(content, indent=2, allow_nan=False).encode())
+        write_json(Path(plan.json) if plan.json else None, {"passed": not failed, "rows": self._rows})
 
 
 def _line(difference: Difference) -> str:

@@ -6,27 +6,25 @@ by all ranks, so where ranks were started already it lies in `data.cache`.
 """
 
 import argparse
-import json
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from launch import compose
 from launch.cases import Plan, single, sweep
+from launch.handover import hand_over, take_over
 from launch.output import check_json
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from launch.shrink import changes, shrink
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
-from moe.rules import build, validate
+from moe.rules import validate
 from parallel.errors import UserError
 
-PLAN, PASSED = "plan.json", "passed"  # in the temporary folder
+PASSED = "passed"  # in the temporary folder, where all agree
 AGREE, DIFFER, WRONG_INPUT = 0, 1, 2
 
 
@@ -127,7 +125,7 @@ def _start_here(arguments: Sequence[str]) -> int:
     prepare(plan.config.data, plan.config.model.vocab_size, print)
     from launch.local import start_ranks  # imports torch
 
-    with _folder(plan, None) as folder:
+    with hand_over(plan) as folder:
         code = start_ranks(plan.ranks, rank_command("verify", folder), plan.config.launch.threads)
         return code or (AGREE if (folder / PASSED).exists() else DIFFER)
 
@@ -153,7 +151,7 @@ def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
     except UserError as error:
         meeting.announce({"error": str(error)})
         raise
-    with _folder(plan, Path(plan.config.data.cache).expanduser()) as folder:
+    with hand_over(plan, Path(plan.config.data.cache).expanduser()) as folder:
         meeting.announce({"folder": str(folder)})
         return _be_rank(folder, meeting)
 
@@ -164,21 +162,12 @@ def _die_of_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-@contextmanager
-def _folder(plan: Plan, parent: Path | None) -> Iterator[Path]:
-    """A temporary folder that holds the plan."""
-    with tempfile.TemporaryDirectory(prefix=".verifying-", dir=parent) as name:
-        folder = Path(name).resolve()
-        (folder / PLAN).write_text(json.dumps(asdict(plan)))
-        yield folder
-
-
 def _be_rank(folder: Path, meeting: Meeting) -> int:
     from torch import set_num_threads
 
     from launch.prove import prove
 
-    plan = build(Plan, json.loads((folder / PLAN).read_text()))
+    plan = take_over(Plan, folder)
     if plan.config.launch.threads is not None:  # torchrun and srun know nothing of this setting
         set_num_threads(plan.config.launch.threads)
     try:

@@ -19,6 +19,7 @@ SMALL = [
     *("model.hidden_size=32", "model.intermediate_size=32", "model.moe_intermediate_size=16"),
     *("model.num_layers=2", "model.num_heads=2", "model.kv_lora_rank=16", "data.sequence_length=32"),
     *("train.steps=2", "train.eval_sequences=8", "train.sample_tokens=2"),
+    f"data.cache={ROOT / '.cache/data'}",  # where other tests find the same corpus
 ]
 
 

@@ -8,23 +8,21 @@ ranks are more than cores, computing is replaced by sleeping, or one rank would 
 import argparse
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.agents import run_nodes
 from launch.bench.output import parse
 from launch.compose import from_recipe
+from launch.handover import hand_over, take_over
 from launch.network import Network, hosts
 from launch.output import write_json
 from launch.ranks import AS_RANK, rank_command
 from moe.config import ScheduleName
-from moe.rules import build
 
-PLAN = "plan.json"
 RATES = (1.0, 2.0, 0.5)  # of the one at which exchange takes as long as compute
 PAUSE_SECONDS = 0.03  # of attention, and of experts, in a layer's forward
 MODEL = [
@@ -77,9 +75,7 @@ def _measure(network: Network, setup: Setup, options: argparse.Namespace) -> lis
     config = from_recipe("tiny", MODEL + (THIN if pause else []) + overrides)
     plan = HidingPlan(config=config, pause_seconds=pause, rounds=options.rounds, rates=RATES[: options.rates])
     ended = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
-        folder = Path(name)
-        (folder / PLAN).write_text(json.dumps(asdict(plan)))
+    with hand_over(plan) as folder:
         dial = threading.Thread(target=serve, args=(folder, network.set_rate, ended.is_set))
         dial.start()
         try:
@@ -106,5 +102,5 @@ def _line(row: dict[str, Any]) -> str:
 def _be_rank(folder: Path) -> int:
     from launch.bench.hiding import HidingPlan, measure
 
-    measure(build(HidingPlan, json.loads((folder / PLAN).read_text())), folder)
+    measure(take_over(HidingPlan, folder), folder)
     return 0

@@ -4,20 +4,18 @@ One rank per process and one thread per rank; stages sleep instead of computing 
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launch.bench.output import parse
+from launch.handover import hand_over, take_over
 from launch.output import write_json
 from launch.ranks import AS_RANK, rank_command
 from launch.schedule import FOLDER
-from moe.rules import build
 from parallel.pipeline.schedules import make_all
 
-PLAN = "plan.json"
 SECONDS = 0.04  # of a forward of a rank's share; its backward takes twice as long
 
 
@@ -41,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         seconds=SECONDS,
         out=str(FOLDER.resolve()),
     )
-    with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
-        folder = Path(name)
-        (folder / PLAN).write_text(json.dumps(asdict(plan)))
+    with hand_over(plan) as folder:
         code = start_ranks(plan.ranks, rank_command("bench schedule", folder), 1)
         if code:
             return code
@@ -66,5 +62,5 @@ def _line(row: dict[str, Any]) -> str:
 def _be_rank(folder: Path) -> int:
     from launch.bench.walks import WalksPlan, measure
 
-    measure(build(WalksPlan, json.loads((folder / PLAN).read_text())), folder)
+    measure(take_over(WalksPlan, folder), folder)
     return 0

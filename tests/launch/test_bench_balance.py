@@ -11,7 +11,7 @@ from parallel.errors import UserError
 
 def test_the_bias_evens_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tail MaxVio with the bias is at most a third of the one without it."""
-    assert balance.main(["--steps", "120", "--json", str(tmp_path / "balance.json")]) == 0
+    assert balance.main(["--steps", "60", "--json", str(tmp_path / "balance.json")]) == 0
     result = json.loads((tmp_path / "balance.json").read_text())
     with_bias, without = result["rows"]
     assert (with_bias["bias"], without["bias"]) == ("update", "none")

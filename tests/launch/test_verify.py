@@ -71,7 +71,7 @@ def start(place: Path, *arguments: str, **environment: str) -> subprocess.Popen[
 
 
 def left_behind(place: Path) -> list[str]:
-    return [p.name for folder in ("temporary", ".cache/data") for p in (place / folder).glob(".verifying-*")]
+    return [p.name for folder in ("temporary", ".cache/data") for p in (place / folder).glob(".switchyard-*")]
 
 
 def test_a_layout_that_agrees(place: Path) -> None:

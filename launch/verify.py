@@ -1,13 +1,11 @@
 """`switchyard verify`: the proof that a recipe's layout, or every layout of N ranks, trains like one rank.
 
 Here it is decided what is proven, and the ranks are started, once for all cases. What they do stands
-in launch/prove.py. A temporary folder holds the plan and what one rank alone computed; it must be seen
-by all ranks, so where ranks were started already it lies in `data.cache`.
+in launch/prove.py, and how they are started in launch/together.py. The plan's folder also holds what one rank
+alone computed.
 """
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +13,32 @@ from typing import NoReturn
 
 from launch import compose
 from launch.cases import Plan, single, sweep
-from launch.handover import hand_over, take_over
 from launch.output import check_json
-from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from launch.shrink import changes, shrink
+from launch.together import Together
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
 from moe.rules import validate
 from parallel.errors import UserError
 
-PASSED = "passed"  # in the temporary folder, where all agree
-AGREE, DIFFER, WRONG_INPUT = 0, 1, 2
+AGREE, DIFFER = 0, 1
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prove, and return the exit code: 0 all agree, 1 one does not, 2 the user's input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if arguments[:1] == [AS_RANK]:
-        return _be_local_rank(Path(arguments[1]))
-    ranks = started_ranks()
-    return _join_ranks(arguments, ranks) if ranks else _start_here(arguments)
+    return Together(command="verify", plan=Plan, make_plan=make_plan, prepare=_prepare, run=_prove).main(
+        arguments
+    )
+
+
+def _prepare(plan: Plan) -> None:
+    prepare(plan.config.data, plan.config.model.vocab_size, print)
+
+
+def _prove(plan: Plan, folder: Path) -> int:
+    from launch.prove import prove
+
+    return AGREE if prove(plan, folder) else DIFFER
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,64 +122,3 @@ def _parse(arguments: Sequence[str], world_size: int | None) -> tuple[argparse.N
         raise UserError("`--full` says how to sweep, but `--sweep` is not given: add it")
     check_json(options.json)
     return options, rest
-
-
-def _start_here(arguments: Sequence[str]) -> int:
-    plan = make_plan(arguments)
-    prepare(plan.config.data, plan.config.model.vocab_size, print)
-    from launch.local import start_ranks  # imports torch
-
-    with hand_over(plan) as folder:
-        code = start_ranks(plan.ranks, rank_command("verify", folder), plan.config.launch.threads)
-        return code or (AGREE if (folder / PASSED).exists() else DIFFER)
-
-
-def _be_local_rank(folder: Path) -> int:
-    """One of the ranks that were started here. A difference is no failure of a rank: a file tells."""
-    _die_of_signals()
-    code = _be_rank(folder, Meeting())
-    if code == AGREE:
-        (folder / PASSED).touch()
-    return AGREE if code == DIFFER else code
-
-
-def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
-    meeting = Meeting()
-    if ranks.rank > 0:
-        _die_of_signals()
-        decision = meeting.listen()
-        return WRONG_INPUT if "error" in decision else _be_rank(Path(decision["folder"]), meeting)
-    try:
-        plan = make_plan(arguments, ranks.world_size)
-        prepare(plan.config.data, plan.config.model.vocab_size, print)
-    except UserError as error:
-        meeting.announce({"error": str(error)})
-        raise
-    with hand_over(plan, Path(plan.config.data.cache).expanduser()) as folder:
-        meeting.announce({"folder": str(folder)})
-        return _be_rank(folder, meeting)
-
-
-def _die_of_signals() -> None:
-    """A rank that waits for others inside a collective would not hear of a Ctrl-C; it has nothing to save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def _be_rank(folder: Path, meeting: Meeting) -> int:
-    from torch import set_num_threads
-
-    from launch.prove import prove
-
-    plan = take_over(Plan, folder)
-    if plan.config.launch.threads is not None:  # torchrun and srun know nothing of this setting
-        set_num_threads(plan.config.launch.threads)
-    try:
-        code = AGREE if prove(plan, folder) else DIFFER
-    except UserError as error:
-        if meeting.is_first(str(error)):
-            print(f"switchyard: {error}", file=sys.stderr)
-        code = WRONG_INPUT
-    if code != AGREE:
-        meeting.part(PARTING)
-    return code

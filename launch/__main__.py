@@ -104,7 +104,7 @@ COMMANDS = {
     ),
     "bench overlap": Command(
         target="launch.bench.overlap:main",
-        usage="bench overlap [--rounds N] [--microbatches M] [--rates N] [--json FILE]",
+        usage="bench overlap [--rounds N] [--microbatches M] [--rates N] [--delay MS] [--json FILE]",
         does="measure how much of the all-to-all is hidden, over a real slow link",
         details=(
             "Makes two hosts of network namespaces, joined by a link of limited rate, and trains across\n"
@@ -113,6 +113,7 @@ COMMANDS = {
             "--rounds N        measurements of each kind, of which medians are shown (default: 5)\n"
             "--microbatches M  of a step; DualPipe needs 4 (default: 8)\n"
             "--rates N         1: the link takes as long as compute; 2: half as long too; 3: twice too\n"
+            "--delay MS        of the link, one way (default: 0)\n"
             "--json FILE       writes the rows for machines"
         ),
         example="switchyard bench overlap --json overlap.json",

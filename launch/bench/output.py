@@ -9,16 +9,18 @@ from parallel.errors import UserError
 
 
 def parse(name: str, arguments: Sequence[str], **defaults: int) -> argparse.Namespace:
-    """Options of `switchyard bench NAME`: positive integers by name and default, and `--json`."""
+    """Options of `switchyard bench NAME`: integers by name and default, and `--json`.
+
+    They are positive; one whose default is 0 may be 0.
+    """
     parser = argparse.ArgumentParser(prog=f"switchyard bench {name}")
     for option, default in defaults.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     for option, default in defaults.items():
-        if getattr(options, option) < 1:
-            raise UserError(
-                f"`--{option}` must be at least 1, but is {getattr(options, option)}: use {default}"
-            )
+        least, given = min(1, default), getattr(options, option)
+        if given < least:
+            raise UserError(f"`--{option}` must be at least {least}, but is {given}: use {default}")
     check_json(options.json)
     return options

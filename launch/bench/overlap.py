@@ -52,14 +52,15 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print a table, and write the JSON if asked; or be a rank of it."""
     if arguments[:1] == [AS_RANK]:
         return _be_rank(Path(arguments[1]))
-    options = parse("overlap", arguments, rounds=5, microbatches=8, rates=3)
+    options = parse("overlap", arguments, rounds=5, microbatches=8, rates=3, delay=0)
     rows = []
-    with hosts(2, rate_mbit=1000) as network:
+    with hosts(2, rate_mbit=1000, delay_ms=options.delay) as network:
         for setup in SETUPS:
             for row in _measure(network, setup, options):
                 print(_line(row), flush=True)
                 rows.append(row)
-    write_json(options.json, {"rounds": options.rounds, "microbatches": options.microbatches, "rows": rows})
+    asked = {name: getattr(options, name) for name in ("rounds", "microbatches", "delay")}
+    write_json(options.json, {**asked, "rows": rows})
     return 0
 
 

@@ -42,3 +42,19 @@ def test_it_says_who_may_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(UserError, match="only root may make"):
         overlap.main([])
+
+
+def test_the_link_has_the_delay_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def refuse(count: int, rate_mbit: float, delay_ms: float) -> None:
+        asked.append(delay_ms)
+        raise UserError("enough")
+
+    monkeypatch.setattr(overlap, "hosts", refuse)
+    for words in ([], ["--delay", "3"]):
+        with pytest.raises(UserError, match="enough"):
+            overlap.main(words)
+    assert asked == [0, 3]
+    with pytest.raises(UserError, match="`--delay` must be at least 0, but is -1: use 0"):
+        overlap.main(["--delay", "-1"])

@@ -131,7 +131,9 @@ def _compose(base: RunConfig, folder: Path, name: str, overrides: Sequence[str])
     ConfigStore.instance().store("base", asdict(base))
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            values = OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
+            # A recipe anywhere may build on the models of ours.
+            search = f"hydra.searchpath=[file://{RECIPES}]"
+            values = OmegaConf.to_container(compose(name, [search, *overrides]), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
             f"cannot compose `{name}` ({_first_line(error)}): mend the recipe or override"

@@ -119,9 +119,10 @@ class OptimConfig:
 
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "multistep"] = "cosine"
     warmup_steps: int = 20
     decay_fraction: float = 0.2  # of the schedule's steps, the tail of WSD
+    decay: Literal["linear", "cosine"] = "linear"  # the shape of that tail
     begin_step: int = 0  # where the schedule begins: a finished run's last step, to go on under another
     beta1: float = 0.9
     beta2: float = 0.95

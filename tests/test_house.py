@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch.compose import from_recipe
 from moe.config import RunConfig
 from moe.rules import build
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOREYS = ("parallel", "moe", "launch")
 FILES = sorted(path for storey in STOREYS for path in (ROOT / storey).rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+GROUPS = sorted((ROOT / "recipes").glob("*/*.yaml"))  # settings of one group, named by their folder
 
 # (who, whom): no module under the first imports one under the second, itself excepted.
 FORBIDDEN = (
@@ -223,21 +225,30 @@ def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{key}", value
 
 
-def repeated(values: dict[str, Any]) -> list[str]:
-    """The settings that are written although they equal their default."""
-    built, defaults = dict(leaves(asdict(build(RunConfig, values)))), dict(leaves(asdict(RunConfig())))
-    return [key for key, _ in leaves(values) if built[key] == defaults[key]]
+def repeated(values: dict[str, Any], base: RunConfig | None = None) -> list[str]:
+    """The settings that are written although they would be the same without."""
+    built = dict(leaves(asdict(build(RunConfig, values))))
+    before = dict(leaves(asdict(base or RunConfig())))
+    return [key for key, _ in leaves(values) if built[key] == before[key]]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_strict_and_hold_only_differences(path: Path) -> None:
+def test_recipes_are_strict_and_hold_only_differences(path: Path, tmp_path: Path) -> None:
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
-    values.pop("defaults", None)
-    assert repeated({str(key): value for key, value in values.items()}) == []
+    (tmp_path / path.name).write_text(json.dumps({"defaults": values.pop("defaults")}))
+    base = from_recipe(str(tmp_path / path.name))  # what the recipe builds on
+    assert repeated({str(key): value for key, value in values.items()}, base) == []
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_groups_are_strict_and_hold_only_differences(path: Path) -> None:
+    assert repeated({path.parent.name: OmegaConf.to_container(OmegaConf.load(path))}) == []
 
 
 def test_a_repeated_default_would_be_seen() -> None:
     values = {"model": {"rope": {"theta": 10000}, "top_k": 2}, "data": {"paths": ["python-stdlib"]}}
     assert repeated(values) == ["model.rope.theta", "data.paths"]
+    base = build(RunConfig, {"model": {"top_k": 2}})
+    assert repeated({"model": {"top_k": 2, "num_experts": 16}}, base) == ["model.top_k", "model.num_experts"]
     assert RECIPES

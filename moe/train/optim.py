@@ -21,20 +21,27 @@ _CHUNK = 2**26  # elements moved by one call, which bounds the memory of widened
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate at a step (0-based) of a run of `steps`: linear warmup, then cosine or warmup-stable-decay.
+    """The rate at a step (0-based) of a run of `steps`: linear warmup, then what the schedule says.
 
-    All of it between `config.begin_step` and the end.
+    All of it between `config.begin_step` and the end. `multistep` is DeepSeek-V2-Lite's: times 0.316 after
+    80% of the steps and again after 90% (2405.04434, appendix B).
     """
     step, steps = step - config.begin_step, steps - config.begin_step
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "multistep":
+        return config.lr * 0.316 ** ((step >= 0.8 * steps) + (step >= 0.9 * steps))
     if config.schedule == "wsd":
-        tail = max(1, round(config.decay_fraction * steps))
-        factor = min(1.0, (steps - step) / tail)
+        left = min(1.0, (steps - step) / max(1, round(config.decay_fraction * steps)))
+        factor = left if config.decay == "linear" else _cosine(1 - left)
     else:
-        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+        factor = _cosine(min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps)))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
+
+
+def _cosine(done: float) -> float:
+    """Half a wave from 1 to 0."""
+    return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 class Optimizer:

@@ -47,11 +47,19 @@ CONFIG = OptimConfig(weight_decay=0.5)
         ("wsd", 79, 1.0),
         ("wsd", 90, 0.55),
         ("wsd", 100, 0.1),
+        ("multistep", 9, 1.0),
+        ("multistep", 79, 1.0),
+        ("multistep", 80, 0.316),
+        ("multistep", 90, 0.316**2),
     ],
 )
 def test_learning_rate(schedule: str, step: int, expected: float) -> None:
     config = OptimConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1, schedule=schedule, decay_fraction=0.2)  # type: ignore[arg-type]
     assert learning_rate(config, step, 100) == pytest.approx(expected)
+    if schedule == "wsd":  # at its ends and in the middle a cosine is where the line is
+        assert learning_rate(replace(config, decay="cosine"), step, 100) == pytest.approx(expected)
+        quarter = learning_rate(replace(config, decay="cosine"), 85, 100)
+        assert quarter == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * 0.5**0.5))
     later = replace(config, begin_step=40)  # the same schedule after a run of 40 steps
     assert learning_rate(later, step + 40, 140) == pytest.approx(expected)
 

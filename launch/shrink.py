@@ -1,7 +1,8 @@
 """A recipe's model at a size that fits a laptop, with its structure kept. No torch.
 
 Kept: dense layers before layers of experts, MTP modules, gates and their groups, shared experts, which
-latents exist, RoPE, and how far routers' scores lie apart, for which `init_std` grows as rows shrink.
+latents exist, whether queries share heads of keys, RoPE, and how far routers' scores lie apart, for
+which `init_std` grows as rows shrink.
 """
 
 import math
@@ -45,7 +46,8 @@ def _shrink_model(model: ModelConfig, degrees: LayoutConfig) -> ModelConfig:
     num_moe = min(model.num_layers - model.num_dense_layers, 2)
     stages = count_stages(degrees.schedule, degrees.pp, degrees.stages_per_rank)
     num_layers = min(model.num_layers, max(num_dense + num_moe, degrees.pp, stages - 1))
-    hidden = _small(model.hidden_size, 64, degrees.tp)
+    hidden, num_heads = _small(model.hidden_size, 64, degrees.tp), _small(model.num_heads, 4, degrees.tp)
+    num_kv_heads = _small(model.kv_heads, 2, degrees.tp) if model.kv_heads < model.num_heads else num_heads
     top_k = min(model.top_k, 4)
     # In the groups that are kept, twice as many experts as are chosen: it stays a choice.
     per_group = max(2, math.ceil(2 * top_k / model.top_groups))
@@ -61,7 +63,9 @@ def _shrink_model(model: ModelConfig, degrees: LayoutConfig) -> ModelConfig:
         num_experts=_small(model.num_experts, experts, math.lcm(model.num_groups, degrees.ep)),
         num_shared_experts=min(model.num_shared_experts, 2),
         top_k=top_k,
-        num_heads=_small(model.num_heads, 4, degrees.tp),
+        num_heads=num_heads,
+        num_kv_heads=None if model.num_kv_heads is None else num_kv_heads,
+        head_dim=min(model.qk_head_dim, 16) if model.attention == "gqa" else None,
         q_lora_rank=None if model.q_lora_rank is None else min(model.q_lora_rank, 24),
         kv_lora_rank=min(model.kv_lora_rank, 16),
         qk_nope_head_dim=min(model.qk_nope_head_dim, 16),

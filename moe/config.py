@@ -23,11 +23,12 @@ class RopeConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    pairs: Literal["interleaved", "halves"] = "interleaved"  # (2i, 2i + 1), or (i, i + R/2) as in Llama
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a DeepSeek-V2 or V3 model; names follow the released `config.json` where they can."""
+    """Shape of a model; names follow DeepSeek's released `config.json` where they can."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -46,8 +47,12 @@ class ModelConfig:
     normalize_top_k: bool = True
     routed_scaling_factor: float = 1.0
     capacity_factor: float | None = None  # None: dropless
+    attention: Literal["mla", "gqa"] = "mla"  # over one latent, or over heads that groups of queries share
     num_heads: int = 4
-    q_lora_rank: int | None = None
+    num_kv_heads: int | None = None  # gqa only; None: as many as heads
+    head_dim: int | None = None  # gqa only; None: `hidden_size` / `num_heads`
+    qk_norm: Literal["none", "head", "full"] = "none"  # gqa only: of each head, or of all heads together
+    q_lora_rank: int | None = None  # this and the next four: mla only
     kv_lora_rank: int = 128
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 16
@@ -61,7 +66,24 @@ class ModelConfig:
     @property
     def qk_head_dim(self) -> int:
         """Width of one head's query and key."""
+        if self.attention == "gqa":
+            return self.head_dim or self.hidden_size // self.num_heads
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotated_dims(self) -> int:
+        """How many of a head's dimensions RoPE turns."""
+        return self.qk_head_dim if self.attention == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one head's value."""
+        return self.qk_head_dim if self.attention == "gqa" else self.v_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that have keys and values of their own."""
+        return self.num_kv_heads or self.num_heads
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (0-based) holds experts; the MTP layers after the last one all do."""

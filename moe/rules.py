@@ -139,6 +139,7 @@ def _validate_cuts(config: RunConfig, layout: Layout) -> None:
         ("ep", "model.num_experts", model.num_experts),
         ("etp", "model.moe_intermediate_size", model.moe_intermediate_size),
         ("tp", "model.num_heads", model.num_heads),
+        ("tp", "model.num_kv_heads", model.kv_heads),
         ("tp", "model.vocab_size", model.vocab_size),
         ("tp", "model.intermediate_size", model.intermediate_size),
         ("tp", "model.num_shared_experts` x `model.moe_intermediate_size", shared),
@@ -150,6 +151,11 @@ def _validate_cuts(config: RunConfig, layout: Layout) -> None:
                 f"`layout.{axis}` must divide `{field}`, but {degree} does not divide {number}: "
                 f"use {alternatives(number, degree)}"
             )
+    if layout.tp > 1 and model.qk_norm == "full":
+        raise UserError(
+            "`layout.tp` must be 1 with `model.qk_norm=full`, which normalises all heads together, but is "
+            f"{layout.tp}: cut something else, or train with `model.qk_norm=head`"
+        )
     length, multiple = config.data.sequence_length, length_multiple(layout.cp, layout.tp)
     if length % multiple:
         rule = "`layout.tp`" if layout.cp == 1 else "2 x `layout.cp` x `layout.tp`"
@@ -223,15 +229,36 @@ def _validate_model(model: ModelConfig) -> None:
             f"`model.num_dense_layers` must not exceed `model.num_layers`, but {model.num_dense_layers} > "
             f"{model.num_layers}: use at most {model.num_layers}"
         )
-    if model.qk_rope_head_dim % 2:
+    _validate_attention(model)
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    only_gqa = (("num_kv_heads", None), ("head_dim", None), ("qk_norm", "none"))
+    for name, default in only_gqa:
+        value = getattr(model, name)
+        if model.attention == "mla" and value != default:
+            shown = "null" if default is None else default
+            raise UserError(
+                f"`model.{name}` must be {shown} with `model.attention=mla`, which has no such heads, but is "
+                f"{value}: leave it out or set `model.attention=gqa`"
+            )
+    if model.num_heads % model.kv_heads:
         raise UserError(
-            f"`model.qk_rope_head_dim` must be even (rotated pairs), but is {model.qk_rope_head_dim}: "
-            f"use {model.qk_rope_head_dim + 1}"
+            f"`model.num_kv_heads` must divide `model.num_heads`, but {model.kv_heads} does not divide "
+            f"{model.num_heads}: use {alternatives(model.num_heads, model.kv_heads)}"
         )
-    if model.rope.kind == "ntk" and model.qk_rope_head_dim < 4:
+    if model.attention == "gqa" and model.head_dim is None and model.hidden_size % model.num_heads:
         raise UserError(
-            "`model.qk_rope_head_dim` must be at least 4 with `model.rope.kind=ntk`, but is "
-            f"{model.qk_rope_head_dim}: use 4 or more, or plain RoPE"
+            "`model.num_heads` must divide `model.hidden_size` where `model.head_dim` is null, but "
+            f"{model.num_heads} does not divide {model.hidden_size}: set `model.head_dim`"
+        )
+    name, turned = "head_dim" if model.attention == "gqa" else "qk_rope_head_dim", model.rotated_dims
+    if turned % 2:
+        raise UserError(f"`model.{name}` must be even (rotated pairs), but is {turned}: use {turned + 1}")
+    if model.rope.kind == "ntk" and turned < 4:
+        raise UserError(
+            f"`model.{name}` must be at least 4 with `model.rope.kind=ntk`, but is "
+            f"{turned}: use 4 or more, or plain RoPE"
         )
 
 
@@ -239,7 +266,14 @@ _POSITIVE = (
     *("model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads", "model.num_experts"),
     *("model.intermediate_size", "model.moe_intermediate_size", "model.num_groups", "model.capacity_factor"),
     *("model.q_lora_rank", "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim"),
-    *("model.v_head_dim", "model.rms_norm_eps", "model.rope.factor", "model.rope.original_context"),
+    *(
+        "model.v_head_dim",
+        "model.num_kv_heads",
+        "model.head_dim",
+        "model.rms_norm_eps",
+        "model.rope.factor",
+        "model.rope.original_context",
+    ),
     *("model.rope.beta_fast", "model.rope.beta_slow"),
     *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
     *("layout.microbatches", "layout.stages_per_rank", "cluster.gpus_per_node"),

@@ -1,4 +1,6 @@
-"""DeepSeek's released shapes, as in their `config.json`."""
+"""Released shapes, as in their `config.json`; V3's weights were drawn as its report says (2412.19437)."""
+
+from dataclasses import replace
 
 from moe.config import ModelConfig, RopeConfig
 
@@ -43,4 +45,66 @@ V2_LITE = ModelConfig(
     qk_rope_head_dim=64,
     v_head_dim=128,
     rope=RopeConfig(kind="yarn", factor=40.0, mscale=0.707, mscale_all_dim=0.707),
+)
+MOONLIGHT = replace(
+    V2_LITE,
+    vocab_size=163840,
+    intermediate_size=11264,
+    score_function="sigmoid",
+    group_score="top2_sum",
+    normalize_top_k=True,
+    routed_scaling_factor=2.446,
+    rope=RopeConfig(theta=50000.0),
+    max_context=8192,
+    rms_norm_eps=1e-5,
+)
+_HALVES = RopeConfig(pairs="halves")
+MIXTRAL = ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_dense_layers=0,
+    intermediate_size=14336,
+    moe_intermediate_size=14336,
+    num_experts=8,
+    num_shared_experts=0,
+    top_k=2,
+    score_function="softmax",
+    attention="gqa",
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope=replace(_HALVES, theta=1e6),
+    max_context=32768,
+    rms_norm_eps=1e-5,
+)
+QWEN3_MOE = replace(  # Qwen3-30B-A3B
+    MIXTRAL,
+    vocab_size=151936,
+    hidden_size=2048,
+    num_layers=48,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    top_k=8,
+    num_kv_heads=4,
+    qk_norm="head",
+    max_context=40960,
+    rms_norm_eps=1e-6,
+)
+OLMOE = replace(  # OLMoE-1B-7B
+    MIXTRAL,
+    vocab_size=50304,
+    hidden_size=2048,
+    num_layers=16,
+    intermediate_size=1024,
+    moe_intermediate_size=1024,
+    num_experts=64,
+    top_k=8,
+    normalize_top_k=False,
+    num_heads=16,
+    num_kv_heads=16,
+    qk_norm="full",
+    rope=_HALVES,
+    max_context=4096,
 )

@@ -1,44 +1,20 @@
-"""Between a released `config.json` (model_type deepseek_v2 or deepseek_v3) and our configuration. No torch.
+"""Between a released `config.json` of a family (`moe/hf/families.py`) and our configuration. No torch.
 
-The two released gates are `deepseek_v2`: softmax with greedy or group_limited_greedy, and
-`deepseek_v3`: sigmoid with noaux_tc. What a file cannot say, or we cannot hold, is never dropped in
-silence: `lost_from_hf` and `lost_to_hf` convert there and back and name every value that changed.
+What a file cannot say, or we cannot hold, is never dropped in silence: `lost_from_hf` and `lost_to_hf`
+convert there and back and name every value that changed. Mixtral's softmax over the chosen logits is
+ours over all of them, normalised over the chosen.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe.config import BalanceConfig, ModelConfig, RopeConfig
+from moe.hf.families import FAMILIES, Family, family
 from moe.rules import build
 from parallel.errors import UserError
 
-_FIELDS = {  # ours: theirs
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_dense_layers": "first_k_dense_replace",
-    "intermediate_size": "intermediate_size",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "num_experts": "n_routed_experts",
-    "num_shared_experts": "n_shared_experts",
-    "top_k": "num_experts_per_tok",
-    "normalize_top_k": "norm_topk_prob",
-    "routed_scaling_factor": "routed_scaling_factor",
-    "num_heads": "num_attention_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "max_context": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-}
-_OPTIONAL = {  # absent from some files; there our default is theirs
-    "num_mtp_layers": "num_nextn_predict_layers",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-}
 _YARN = {
     "factor": "factor",
     "original_context": "original_max_position_embeddings",
@@ -48,98 +24,90 @@ _YARN = {
     "mscale_all_dim": "mscale_all_dim",
 }
 _YARN_NEUTRAL = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0}
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-}
 _TOPK_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3": ("noaux_tc",)}
-_SCORE_FUNCTIONS = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
+_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
 _ABOUT_FILES = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 _ABOUT_SERVING = {"use_cache", "output_router_logits", "pretraining_tp", "ep_size"}
-_READ_OTHERWISE = {"head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters"}
+_READ_OTHERWISE = {
+    *("head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"),
+    "max_window_layers",  # of the sliding window, which must be off
+}
 _ELSEWHERE = _ABOUT_FILES | _ABOUT_SERVING | _READ_OTHERWISE  # nothing is lost where these differ
+_OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def from_hf(config_json: Mapping[str, Any]) -> tuple[ModelConfig, BalanceConfig]:
     """Our configuration of a released or exported model; UserError where we have no such model."""
-    family = config_json.get("model_type")
-    if family not in _TOPK_METHODS:
-        raise UserError(
-            "`model_type` in config.json must be deepseek_v2 or deepseek_v3, "
-            f"but is {family!r}: use a model of these families"
-        )
-    _check_fixed(config_json)
-    method = _topk_method(family, config_json)
-    values = {ours: _required(config_json, theirs) for ours, theirs in _FIELDS.items()}
-    given = {ours: config_json.get(theirs) for ours, theirs in _OPTIONAL.items()}
-    values |= {ours: value for ours, value in given.items() if value is not None}
-    if method != "greedy":
-        values |= {
-            "num_groups": _required(config_json, "n_group"),
-            "top_groups": _required(config_json, "topk_group"),
-        }
-    values["score_function"] = _SCORE_FUNCTIONS[family]
-    values["group_score"] = "top2_sum" if method == "noaux_tc" else "max"
-    values["rope"] = dataclasses.asdict(_rope_from_hf(config_json))
-    alpha, by_sequence = config_json.get("aux_loss_alpha") or 0.0, config_json.get("seq_aux", True)
-    balance = {
-        "bias": "update" if method == "noaux_tc" else "none",
-        "sequence_aux" if by_sequence else "microbatch_aux": alpha,
-    }
-    return build(ModelConfig, values, "model."), build(BalanceConfig, balance, "balance.")
+    theirs = _family_of(config_json)
+    config_json = _spelt(config_json, theirs)
+    _check_fixed(config_json, theirs)
+    values = {ours: _required(config_json, key) for ours, key in theirs.fields.items()}
+    given = {ours: config_json.get(key) for ours, key in theirs.optional.items()}
+    values |= {**{ours: value for ours, value in given.items() if value is not None}, **theirs.always}
+    aux, bias = theirs.coefficient_of, "none"
+    if theirs.name in _TOPK_METHODS:
+        method = _topk_method(config_json, theirs)
+        if method != "greedy":
+            values |= {
+                "num_groups": _required(config_json, "n_group"),
+                "top_groups": _required(config_json, "topk_group"),
+            }
+        bias = "update" if method == "noaux_tc" else "none"
+        aux = aux if config_json.get("seq_aux", True) else "microbatch_aux"
+    rope = dataclasses.replace(_rope_from_hf(config_json), pairs=theirs.pairs)
+    model = build(ModelConfig, {**values, "rope": dataclasses.asdict(rope)}, "model.")
+    balance = {"bias": bias, aux: config_json.get(theirs.coefficient) or 0.0}
+    return _plain(model), build(BalanceConfig, balance, "balance.")
 
 
 def to_hf(model: ModelConfig, balance: BalanceConfig, *, eos_token_id: int | None = None) -> dict[str, Any]:
-    """A `config.json` in the released form; UserError where neither released gate is ours.
+    """A `config.json` in the released form; UserError where no family has such a model.
 
     The end-of-sequence token is the tokenizer's business; without it the file says that there is none.
     """
-    family = "deepseek_v3" if model.score_function == "sigmoid" else "deepseek_v2"
-    group_score = "top2_sum" if family == "deepseek_v3" else "max"
-    if model.num_groups > 1 and model.group_score != group_score:
-        raise UserError(
-            f"`model.group_score` must be {group_score!r} for a {family} file, but is {model.group_score!r}: "
-            f"train with `model.group_score={group_score}` or without groups"
-        )
-    limited = "noaux_tc" if family == "deepseek_v3" else "group_limited_greedy"
+    model, theirs = _plain(model), FAMILIES[family(model)]
+    for name, value in {**theirs.always, "rope.pairs": theirs.pairs}.items():
+        ours = functools.reduce(getattr, name.split("."), model)
+        if ours != value:
+            raise UserError(
+                f"`model.{name}` must be {value!r} for a {theirs.name} file, but is {ours!r}: "
+                f"train with `model.{name}={str(value).lower()}`, since no other file has such a model"
+            )
     return {
-        "architectures": ["DeepseekV3ForCausalLM" if family == "deepseek_v3" else "DeepseekV2ForCausalLM"],
-        "model_type": family,
-        **{theirs: getattr(model, ours) for ours, theirs in (_FIELDS | _OPTIONAL).items()},
-        "num_key_value_heads": model.num_heads,
-        "n_group": model.num_groups,
-        "topk_group": model.top_groups,
-        "scoring_func": model.score_function,
-        "topk_method": limited if family == "deepseek_v3" or model.num_groups > 1 else "greedy",
-        "aux_loss_alpha": balance.sequence_aux or balance.microbatch_aux,
-        "seq_aux": bool(balance.sequence_aux) or not balance.microbatch_aux,
-        **_rope_to_hf(model),
-        **_FIXED,
-        "attention_dropout": 0.0,
+        "architectures": [theirs.architecture],
+        "model_type": theirs.name,
+        **{key: getattr(model, ours) for ours, key in {**theirs.fields, **theirs.optional}.items()},
+        **(_deepseek_to_hf(model, balance, theirs) if theirs.name in _TOPK_METHODS else {}),
+        theirs.coefficient: getattr(balance, theirs.coefficient_of) or balance.microbatch_aux,
+        **_rope_to_hf(model.rope),
+        **theirs.fixed,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
+        "pad_token_id": None,
     }
 
 
 def lost_from_hf(config_json: Mapping[str, Any]) -> list[str]:
     """One sentence for each value of a `config.json` that we do not hold or had to assume."""
     model, balance = from_hf(config_json)
-    again = to_hf(model, balance)
+    theirs, again = _family_of(config_json), to_hf(model, balance)
     sentences = [
         f"`{key}` is {value!r} in config.json and is not kept: "
         + (f"{again[key]!r} is used" if key in again else "this model knows no such setting")
-        for key, value in config_json.items()
+        for key, value in _spelt(config_json, theirs).items()
         if key not in _ELSEWHERE and value is not None and again.get(key) != value
     ]
-    if config_json.get("aux_loss_alpha") is None:
+    if config_json.get("quantization_config"):
         sentences.append(
-            "config.json has no `aux_loss_alpha`, so `balance.sequence_aux` stays 0: "
-            "set it to go on training (V2 was trained with 0.001, V3 with 0.0001)"
+            "`quantization_config` is fp8 in config.json and is not kept: the weights are read as what "
+            "their blocks of numbers and scales stand for, and trained and written in a wider type"
         )
-    return sentences + list(_departures(model))
+    if config_json.get(theirs.coefficient) is None:
+        sentences.append(
+            f"config.json has no `{theirs.coefficient}`, so `balance.{theirs.coefficient_of}` stays 0: "
+            f"set it to go on training ({theirs.trained_with})"
+        )
+    return sentences + list(_departures(model, balance))
 
 
 def lost_to_hf(model: ModelConfig, balance: BalanceConfig) -> list[str]:
@@ -152,22 +120,29 @@ def lost_to_hf(model: ModelConfig, balance: BalanceConfig) -> list[str]:
     ]
     if balance.bias != "none" and model.score_function == "softmax":
         sentences.append(
-            f"`balance.bias` is {balance.bias!r}, but a deepseek_v2 file has no selection bias: it is left "
-            "out, which changes who is chosen; train with `balance.bias=none` to export what was trained"
+            f"`balance.bias` is {balance.bias!r}, but a {there['model_type']} file has no selection bias: it "
+            "is left out, which changes who is chosen; train with `balance.bias=none` to export what was "
+            "trained"
         )
     if model.rope.kind == "ntk":
         sentences.append(
             "NTK-aware RoPE is written as plain RoPE with a larger `rope_theta`: the same frequencies"
         )
-    return sentences + list(_departures(model))
+    return sentences + list(_departures(model, balance))
 
 
-def _departures(model: ModelConfig) -> Iterator[str]:
+def _departures(model: ModelConfig, balance: BalanceConfig) -> Iterator[str]:
     """Where transformers computes something else from the same `config.json`."""
-    if model.score_function == "softmax" and model.normalize_top_k:
+    if family(model) == "deepseek_v2" and model.normalize_top_k:
         yield (
             "`norm_topk_prob` is true: here, as in DeepSeek's release, weights are then normalised "
             "and not scaled, but transformers' deepseek_v2 only scales"
+        )
+    if model.attention == "gqa" and balance.microbatch_aux:
+        yield (
+            f"`router_aux_loss_coef` is {balance.microbatch_aux}: here each layer has a loss of its own, "
+            "1 where load is even, but transformers takes one over all layers together, there "
+            f"{model.top_k} (`num_experts_per_tok`), and only with `output_router_logits`"
         )
     rope = model.rope
     if (
@@ -182,12 +157,20 @@ def _departures(model: ModelConfig) -> Iterator[str]:
 
 
 def _plain(model: ModelConfig) -> ModelConfig:
-    """The same model with what means nothing, or is written in another form, as `from_hf` would give it."""
-    group_score = model.group_score
+    """The same model with what means nothing, or is written in another form, as `from_hf` gives it."""
+    theirs, changes = FAMILIES[family(model)], dict[str, Any]()
     if model.num_groups == 1:
-        group_score = "top2_sum" if model.score_function == "sigmoid" else "max"
-    rope = model.rope if model.rope.kind == "yarn" else RopeConfig(theta=_theta(model))
-    return dataclasses.replace(model, group_score=group_score, rope=rope)
+        changes["group_score"] = theirs.always.get("group_score", ModelConfig.group_score)
+    if model.attention == "gqa":
+        changes |= {name: getattr(ModelConfig, name) for name in _OF_LATENTS}
+        changes |= {"num_kv_heads": model.kv_heads, "head_dim": model.qk_head_dim}
+        if model.normalize_top_k:
+            changes["routed_scaling_factor"] = 1.0  # softmax that is normalised is not scaled
+        if theirs.fields["intermediate_size"] == theirs.fields["moe_intermediate_size"]:
+            changes["intermediate_size"] = model.moe_intermediate_size  # no layer is dense
+    if model.rope.kind != "yarn":
+        changes["rope"] = RopeConfig(theta=_theta(model), pairs=model.rope.pairs)
+    return dataclasses.replace(model, **changes)
 
 
 def _differences(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -199,30 +182,61 @@ def _differences(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> Iterator[tup
                 yield f"{group}.{field.name}", before, after
 
 
-def _check_fixed(config_json: Mapping[str, Any]) -> None:
-    for key, value in _FIXED.items():
-        if config_json.get(key, value) != value:
+def _family_of(config_json: Mapping[str, Any]) -> Family:
+    name = config_json.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(
+            f"`model_type` in config.json must be {', '.join(FAMILIES)}, "
+            f"but is {name!r}: use a model of these families"
+        )
+    return FAMILIES[name]
+
+
+def _spelt(config_json: Mapping[str, Any], theirs: Family) -> dict[str, Any]:
+    """The file with its keys as the release spells them."""
+    return {theirs.renamed.get(key, key): value for key, value in config_json.items()}
+
+
+def _check_fixed(config_json: Mapping[str, Any], theirs: Family) -> None:
+    for key, value in theirs.fixed.items():
+        if config_json.get(key) not in (None, value):
             raise UserError(
                 f"`{key}` in config.json must be {value!r}, but is {config_json[key]!r}: "
                 "use a model without it, since this one has no other form"
             )
-    if config_json.get("quantization_config"):
+    given = {"fmt": "e4m3", **(config_json.get("quantization_config") or _FP8)}
+    if any(given.get(key) != value for key, value in _FP8.items()):
         raise UserError(
-            "`quantization_config` in config.json must be absent, but the weights are quantized with "
-            f"{config_json['quantization_config'].get('quant_method')!r}: convert them to bf16 first"
+            "`quantization_config` in config.json must be absent, or fp8 (e4m3) with `weight_block_size` "
+            f"[128, 128], but the weights are quantized with {given.get('quant_method')!r} in blocks of "
+            f"{given.get('weight_block_size')}: convert them to bf16 first"
         )
 
 
-def _topk_method(family: str, config_json: Mapping[str, Any]) -> str:
-    methods, score_function = _TOPK_METHODS[family], _SCORE_FUNCTIONS[family]
+def _topk_method(config_json: Mapping[str, Any], theirs: Family) -> str:
+    methods, score_function = _TOPK_METHODS[theirs.name], theirs.always["score_function"]
     method = config_json.get("topk_method", methods[0])
     given = config_json.get("scoring_func", score_function)
     if method not in methods or given != score_function:
         raise UserError(
-            f"`topk_method` of {family} must be {' or '.join(methods)} with `scoring_func` {score_function}, "
-            f"but config.json has {method!r} with {given!r}: use a model with a released gate"
+            f"`topk_method` of {theirs.name} must be {' or '.join(methods)} with `scoring_func` "
+            f"{score_function}, but config.json has {method!r} with {given!r}: use a model with a released "
+            "gate"
         )
     return method
+
+
+def _deepseek_to_hf(model: ModelConfig, balance: BalanceConfig, theirs: Family) -> dict[str, Any]:
+    """What only DeepSeek's files say: the gate, and which of two auxiliary losses there is."""
+    methods = _TOPK_METHODS[theirs.name]
+    return {
+        "num_key_value_heads": model.num_heads,
+        "n_group": model.num_groups,
+        "topk_group": model.top_groups,
+        "scoring_func": model.score_function,
+        "topk_method": methods[-1] if model.num_groups > 1 else methods[0],
+        "seq_aux": bool(balance.sequence_aux) or not balance.microbatch_aux,
+    }
 
 
 def _required(config_json: Mapping[str, Any], key: str) -> Any:
@@ -254,15 +268,14 @@ def _rope_from_hf(config_json: Mapping[str, Any]) -> RopeConfig:
     return build(RopeConfig, {"kind": "yarn", "theta": theta, **values}, "model.rope.")
 
 
-def _rope_to_hf(model: ModelConfig) -> dict[str, Any]:
-    rope = model.rope
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     if rope.kind != "yarn":
-        return {"rope_theta": _theta(model), "rope_scaling": None}
+        return {"rope_theta": rope.theta, "rope_scaling": None}
     scaling = {"type": "yarn", **{theirs: getattr(rope, ours) for ours, theirs in _YARN.items()}}
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 
 def _theta(model: ModelConfig) -> float:
     """The base of plain RoPE with the same frequencies (YaRN aside)."""
-    rope, num_dims = model.rope, model.qk_rope_head_dim
+    rope, num_dims = model.rope, model.rotated_dims
     return rope.theta * rope.factor ** (num_dims / (num_dims - 2)) if rope.kind == "ntk" else rope.theta

@@ -31,7 +31,7 @@ def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def complete(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every canonical tensor of a released file with its shape, over all ranks. V2 files hold no bias."""
+    """Every canonical tensor of a released file with its shape, over all ranks. Only V3 files hold biases."""
     with torch.device("meta"):
         model = Transformer(config, seed=None)
     with_bias = config.score_function == "sigmoid"

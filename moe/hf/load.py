@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from moe.hf import names
 from moe.hf.config import from_hf, lost_from_hf
+from moe.hf.fp8 import FP8, read_dequantized, scales_shape
 from moe.hf.inventory import complete, is_bias, model_pieces
 from moe.model.transformer import Transformer
 from parallel.collectives import ALONE, ModelGroups
@@ -46,9 +48,7 @@ def open_model(
     config, balance = from_hf(config_json)
     with ExitStack() as stack:
         stored = _open_files(folder, stack)
-    present = [
-        names.to_hf(f"mtp.{k}.projection.weight", config.num_layers)[0] for k in range(config.num_mtp_layers)
-    ]
+    present = [names.to_hf(f"mtp.{k}.projection.weight", config)[0] for k in range(config.num_mtp_layers)]
     num_mtp_layers = sum(name in stored for name in present)
     if num_mtp_layers < config.num_mtp_layers:
         logger.warning(
@@ -86,9 +86,17 @@ def load(model: Transformer, folder: Path) -> None:
                     f"`{name}` in `{path}` must have shape {part.shape}, but has {shape}: "
                     "use the configuration that the weights were trained with"
                 )
+            _check_scales(folder, stored, name)
         for name, part in _parts(model):
-            part.tensor.copy_(stored[name].handle.get_slice(name)[part.place])
+            part.tensor.copy_(_read(stored, name, part))
     _settle_biases(model, folder)
+
+
+def _read(stored: dict[str, _Stored], name: str, part: Piece) -> Tensor:
+    weight, scales = stored[name].handle.get_slice(name), stored.get(name + names.SCALES)
+    if scales is None:
+        return weight[part.place]
+    return read_dequantized(weight, scales.handle.get_slice(name + names.SCALES), part.place)
 
 
 def _parts(model: Transformer) -> Iterator[tuple[str, Piece]]:
@@ -96,7 +104,7 @@ def _parts(model: Transformer) -> Iterator[tuple[str, Piece]]:
     for piece in model_pieces(model):
         if is_bias(piece.name) and model.config.score_function == "softmax":
             continue
-        parts = names.to_hf(piece.name, model.config.num_layers)
+        parts = names.to_hf(piece.name, model.config)
         rows = piece.shape[0] // len(parts)
         begin, end = piece.place[0].start, piece.place[0].stop
         for index, name in enumerate(parts):  # gate and up are one tensor here, two in the files
@@ -107,10 +115,22 @@ def _parts(model: Transformer) -> Iterator[tuple[str, Piece]]:
                 yield name, Piece(name, shape, offset, piece.tensor[low - begin : high - begin])
 
 
+def _check_scales(folder: Path, stored: dict[str, _Stored], name: str) -> None:
+    """An fp8 weight has a scale for each of its blocks, and another has none."""
+    weight, scales = stored[name].handle.get_slice(name), stored.get(name + names.SCALES)
+    wanted = scales_shape(weight.get_shape()) if weight.get_dtype() == FP8 else None
+    found = tuple(scales.handle.get_slice(name + names.SCALES).get_shape()) if scales else None
+    if found != wanted:
+        raise UserError(
+            f"`{name}{names.SCALES}` must have shape {wanted} beside a weight of type {weight.get_dtype()}, "
+            f"but has {found} (None: is not there) in `{folder}`: copy the whole model again"
+        )
+
+
 def _settle_biases(model: Transformer, folder: Path) -> None:
     for layer, router in model.routers():
         if model.config.score_function == "softmax":
-            router.bias.zero_()  # a V2 file has none
+            router.bias.zero_()  # only a V3 file has one
         elif router.balance.bias == "none" and router.bias.any():
             raise UserError(
                 f"`balance.bias` must be update or frozen for `{folder}`, since layer {layer} has a bias, "
@@ -122,8 +142,8 @@ def _check_names(model: Transformer, folder: Path, stored: dict[str, _Stored]) -
     """Nothing in the files may go unread but copies, tables of RoPE, and MTP modules that were not built."""
     config, known = model.config, complete(model.config)
     for name, (path, _) in stored.items():
-        found = names.from_hf(name, config.num_layers)
-        if names.carries_nothing(name, config.num_layers) or (found is not None and found[0] in known):
+        found = names.from_hf(name, config)
+        if names.carries_nothing(name, config) or (found is not None and found[0] in known):
             continue
         if (
             found is not None

@@ -79,8 +79,8 @@ def _released(
                 "use the configuration that the weights were trained with"
             )
         kept = torch.float32 if is_bias(name) else dtype
-        parts = names.to_hf(name, config.num_layers)
-        copies = names.mtp_copies(name, config.num_layers, config.num_mtp_layers, config.tie_embeddings)
+        parts = names.to_hf(name, config)
+        copies = names.mtp_copies(name, config)
         pieces = [*tensor.detach().chunk(len(parts)), *[tensor.detach()] * len(copies)]
         for part, piece in zip((*parts, *copies), pieces, strict=True):
             yield part, piece.to("cpu", kept or piece.dtype, copy=True).contiguous()

@@ -77,6 +77,12 @@ def merge(*outs_and_lses: Tensor) -> Tensor:
     return merged.to(outs[0].dtype)
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Causal attention inside each document: [B, S] document numbers -> [B, 1, S, S], true where allowed."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
+
+
 class _PartialAttention(torch.autograd.Function):
     @staticmethod
     def forward(

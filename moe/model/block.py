@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
+from moe.model.attention_layer import AttentionLayer
+from moe.model.gqa import GroupedQueryAttention
 from moe.model.layer import LayerLoad, MoELayer
 from moe.model.mla import MultiHeadLatentAttention
 from moe.model.mlp import SwiGLU
@@ -46,7 +48,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = MultiHeadLatentAttention(config, groups, dtype)
+        attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+        self.attention: AttentionLayer = attention(config, groups, dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.moe = MoELayer(config, balance, groups, dtype, seed=None) if is_moe else None
         self.mlp = None if is_moe else SwiGLU(config.hidden_size, config.intermediate_size, groups.tp, dtype)

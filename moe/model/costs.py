@@ -15,7 +15,7 @@ from moe.config import ModelConfig
 def active_weights(config: ModelConfig, layer: int) -> int:
     """How many weights one token is multiplied with in a layer (0-based).
 
-    They are those of latent attention, and of a dense MLP or of the router, the chosen and the shared
+    They are those of attention, and of a dense MLP or of the router, the chosen and the shared
     experts; all choices count, whether a capacity lets them in or not. From `num_layers` on the layers
     are the blocks of MTP modules.
     """
@@ -28,9 +28,11 @@ def active_weights(config: ModelConfig, layer: int) -> int:
 
 
 def _attention_weights(config: ModelConfig) -> int:
-    """Query, latent, keys and values from the latent, output (2405.04434, section 2.1)."""
+    """Query, keys and values, output; or with a latent between (2405.04434, section 2.1)."""
     hidden, heads, latent = config.hidden_size, config.num_heads, config.kv_lora_rank
     query, rank = heads * config.qk_head_dim, config.q_lora_rank
+    if config.attention == "gqa":
+        return 2 * hidden * (query + config.kv_heads * config.qk_head_dim)
     return (
         (hidden * query if rank is None else rank * (hidden + query))
         + hidden * (latent + config.qk_rope_head_dim)
@@ -41,7 +43,7 @@ def _attention_weights(config: ModelConfig) -> int:
 
 def layer_flops(config: ModelConfig, layer: int, sequence_length: int) -> int:
     """A layer's forward, in FLOPs per token of sequences that attend to themselves as a whole."""
-    attention = (sequence_length + 1) * config.num_heads * (config.qk_head_dim + config.v_head_dim)
+    attention = (sequence_length + 1) * config.num_heads * (config.qk_head_dim + config.value_head_dim)
     return 2 * active_weights(config, layer) + attention
 
 

@@ -1,6 +1,7 @@
 """Rotary position embedding: plain, NTK-aware and YaRN, as DeepSeek-V2 and V3 released them.
 
-Rotated dimensions are interleaved pairs (2i, 2i + 1), the order of the released weights. YaRN
+Pairs of dimensions are turned: (2i, 2i + 1), the order of DeepSeek's released weights, or (i, i + R/2),
+that of Llama's and of all who follow it. YaRN
 (arXiv 2309.00071) blends interpolated and original frequencies; DeepSeek scales the softmax by
 mscale(factor, mscale_all_dim)^2 and the rotation by mscale(factor, mscale) / mscale(factor, mscale_all_dim).
 Legend: S positions, R rotated dimensions.
@@ -8,6 +9,7 @@ Legend: S positions, R rotated dimensions.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,24 +19,26 @@ from moe.config import RopeConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin [S, R/2] in fp32 of every position's angles."""
+    """cos and sin [S, R/2] in fp32 of every position's angles, and which dimensions are pairs."""
 
     cos: Tensor
     sin: Tensor
+    pairs: Literal["interleaved", "halves"] = "interleaved"
 
     def apply(self, heads: Tensor) -> Tensor:
         """Rotate [B, S, heads, R]; the dtype stays."""
-        pairs = heads.float().unflatten(-1, (-1, 2))
-        even, odd = pairs.unbind(-1)
+        shape, dim = ((-1, 2), -1) if self.pairs == "interleaved" else ((2, -1), -2)
+        first, second = heads.float().unflatten(-1, shape).unbind(dim)
         cos, sin = self.cos[:, None], self.sin[:, None]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(heads.dtype)
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim)
+        return turned.flatten(-2).to(heads.dtype)
 
 
 def rotation(rope: RopeConfig, num_dims: int, positions: Tensor, device: torch.device) -> Rotation:
     """The rotation of positions [S], numbered from 0."""
     angles = torch.outer(positions.float(), frequencies(rope, num_dims))
     scale = rotation_scale(rope)
-    return Rotation((angles.cos() * scale).to(device), (angles.sin() * scale).to(device))
+    return Rotation((angles.cos() * scale).to(device), (angles.sin() * scale).to(device), rope.pairs)
 
 
 def frequencies(rope: RopeConfig, num_dims: int) -> Tensor:

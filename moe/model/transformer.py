@@ -1,4 +1,4 @@
-"""The whole model, DeepSeek-V2 and V3 shaped: embedding, blocks, norm, head, and MTP modules.
+"""The whole model: embedding, blocks, norm, head, and MTP modules.
 
 A rank may hold several stages of it, as one module whose parameters are each there once. `Stage.phases`
 runs one microbatch through one of them, from tokens to losses where that is the whole model, as a
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
+from moe.model.attention import document_mask
 from moe.model.block import Block, Surroundings
 from moe.model.init import init_weights
 from moe.model.layer import LayerLoad
-from moe.model.mla import document_mask
 from moe.model.mtp import IGNORE, MTPModule, ahead, mtp_targets
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
     def _surroundings(self, batch: Microbatch) -> Surroundings:
         config, tokens = self.config, batch.tokens
         positions = positions_of(tokens.shape[1], self.groups)
-        turned = rotation(config.rope, config.qk_rope_head_dim, positions.numbers(), tokens.device)
+        turned = rotation(config.rope, config.rotated_dims, positions.numbers(), tokens.device)
         masked = batch.documents is not None and positions.cp == 1
         return Surroundings(
             positions=positions,

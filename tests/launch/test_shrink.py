@@ -9,7 +9,7 @@ from launch.cases import sweep
 from launch.shrink import changes, shrink
 from moe.config import DataConfig, LayoutConfig, ModelConfig, RunConfig, TrainConfig
 from moe.rules import validate
-from tests.released import V2_LITE, V3
+from tests.released import OLMOE, QWEN3_MOE, V2_LITE, V3
 
 V2 = replace(V2_LITE, num_experts=160, num_groups=8, top_groups=3, q_lora_rank=1536, num_heads=128)
 KEPT = (
@@ -56,6 +56,21 @@ def test_structure_is_kept_and_the_layout_still_fits(model: ModelConfig, layout:
     assert tokens <= 4 * layout.pp * (layout.dp or 1) * max(64, 2 * layout.cp * layout.tp)
     assert layout.pp == 1 or after.layout.microbatches == 2 * layout.pp
     assert after.optim == before.optim and after.balance == before.balance
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_queries_share_heads_of_keys_as_before(tp: int) -> None:
+    before = run(QWEN3_MOE, LayoutConfig(tp=tp))
+    validate(before)
+    after = shrink(before, LayoutConfig(tp=tp))
+    validate(after)
+    small = after.model
+    assert (small.attention, small.qk_norm, small.head_dim) == ("gqa", "head", 16)
+    assert (small.num_heads, small.num_kv_heads) == (4, 2 if tp < 4 else 4)
+    assert num_weights(small) < 4.5e6
+    whole = shrink(run(OLMOE, LayoutConfig()), LayoutConfig()).model
+    assert whole.num_kv_heads == whole.num_heads == 4
+    assert shrink(run(V3, LayoutConfig()), LayoutConfig()).model.head_dim is None
 
 
 def test_scores_stay_as_far_apart() -> None:

@@ -10,6 +10,7 @@ from moe.rules import build, known_keys, validate
 from parallel.errors import UserError
 from parallel.layout import Layout
 from parallel.pipeline.schedules import FORMS
+from tests.released import MIXTRAL, MOONLIGHT, OLMOE, QWEN3_MOE
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def test_values_are_converted(key: str, value: Any, built: Any) -> None:
             "sigmoyd",
             "`model.score_function` must be 'softmax' or 'sigmoid', but is 'sigmoyd': did you mean 'sigmoid'",
         ),
-        ("optim.schedule", 7, "`optim.schedule` must be 'cosine' or 'wsd', but is 7: choose one of these"),
+        ("optim.schedule", 7, "`optim.schedule` must be 'cosine' or 'wsd' or 'multistep', but is 7: "),
     ],
 )
 def test_what_cannot_be_built(key: str, value: Any, expected: str) -> None:
@@ -174,6 +175,33 @@ def test_known_keys_reach_into_groups() -> None:
             "`model.qk_rope_head_dim` must be even (rotated pairs), but is 15: use 16",
         ),
         (
+            {"model.num_kv_heads": 2},
+            "`model.num_kv_heads` must be null with `model.attention=mla`, which has no such heads, but is 2",
+        ),
+        ({"model.head_dim": 64}, "`model.head_dim` must be null with `model.attention=mla`"),
+        ({"model.qk_norm": "head"}, "`model.qk_norm` must be none with `model.attention=mla`"),
+        (
+            {"model.attention": "gqa", "model.num_kv_heads": 3},
+            "`model.num_kv_heads` must divide `model.num_heads`, but 3 does not divide 4: use 1, 2 or 4",
+        ),
+        (
+            {"model.attention": "gqa", "model.num_heads": 6},
+            "`model.num_heads` must divide `model.hidden_size` where `model.head_dim` is null, but 6 does "
+            "not divide 256: set `model.head_dim`",
+        ),
+        (
+            {"model.attention": "gqa", "model.head_dim": 15},
+            "`model.head_dim` must be even (rotated pairs), but is 15: use 16",
+        ),
+        (
+            {"model.attention": "gqa", "model.num_kv_heads": 2, "layout.tp": 4},
+            "`layout.tp` must divide `model.num_kv_heads`, but 4 does not divide 2: use 1 or 2",
+        ),
+        (
+            {"model.attention": "gqa", "model.qk_norm": "full", "layout.tp": 2},
+            "`layout.tp` must be 1 with `model.qk_norm=full`, which normalises all heads together, but is 2",
+        ),
+        (
             {"layout.dp": 4, "layout.microbatches": 3, "train.batch_size": 16},
             "`train.batch_size` must be a multiple of `layout.dp` x `layout.microbatches`, but 16 is not a "
             "multiple of 12: use 12 or 24",
@@ -198,6 +226,8 @@ def test_known_keys_reach_into_groups() -> None:
                 "model.vocab_size",
                 "model.hidden_size",
                 "model.num_heads",
+                "model.num_kv_heads",
+                "model.head_dim",
                 "model.intermediate_size",
                 "model.moe_intermediate_size",
                 "data.sequence_length",
@@ -252,11 +282,13 @@ def test_the_layout_must_fit_what_was_started() -> None:
 
 
 def test_released_shapes_hold() -> None:
-    """DeepSeek-V3's and V2's gates (5.4 of the field's definitions)."""
+    """DeepSeek-V3's and V2's gates (5.4 of the field's definitions), and the other families."""
     yarn = RopeConfig(kind="yarn", factor=40)
     v3 = ModelConfig(num_experts=256, num_groups=8, top_groups=4, top_k=8, rope=yarn)
     v2 = replace(v3, num_experts=160, top_groups=3, top_k=6, group_score="max", score_function="softmax")
     for model in (v3, v2, replace(v2, num_experts=64, num_groups=1, top_groups=1)):
+        validate(RunConfig(model=model))
+    for model in (MOONLIGHT, MIXTRAL, QWEN3_MOE, OLMOE):
         validate(RunConfig(model=model))
 
 

@@ -1,6 +1,7 @@
 """Released and transformers' `config.json` become our configuration and back; nothing is lost in silence."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -8,106 +9,49 @@ from transformers import DeepseekV3Config
 
 from moe.config import BalanceConfig, ModelConfig, RopeConfig
 from moe.hf.config import from_hf, lost_from_hf, lost_to_hf, to_hf
+from moe.model.rope import rotation_scale, softmax_scale
 from parallel.errors import UserError
-
-V2_LITE: dict[str, Any] = {  # as released
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 10944,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1408,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "pretraining_tp": 1,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 102400,
-}
-V3 = {
-    **V2_LITE,
-    "model_type": "deepseek_v3",
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1,
-    "num_experts_per_tok": 8,
-}
+from tests import released
+from tests.moe.hf.released_json import MIXTRAL, OLMOE, QWEN3_MOE, RELEASED, V2_LITE, V3
 
 
 def without(config_json: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config_json.items() if key not in keys}
 
 
-def test_v2_lite() -> None:
-    model, balance = from_hf(V2_LITE)
-    assert model == ModelConfig(
-        vocab_size=102400,
-        hidden_size=2048,
-        num_layers=27,
-        num_dense_layers=1,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        num_experts=64,
-        num_shared_experts=2,
-        top_k=6,
-        score_function="softmax",
-        group_score="max",
-        normalize_top_k=False,
-        num_heads=16,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope=RopeConfig(kind="yarn", factor=40.0, mscale=0.707, mscale_all_dim=0.707),
-    )
-    assert balance == BalanceConfig(bias="none", sequence_aux=0.001)
-    assert lost_from_hf(V2_LITE) == [
-        "`bos_token_id` is 100000 in config.json and is not kept: None is used",
-        "`eos_token_id` is 100001 in config.json and is not kept: None is used",
-    ]
+OURS = {
+    "v2-lite": released.V2_LITE,
+    "v3": dataclasses.replace(released.V3, init_std=0.02),
+    "moonlight": released.MOONLIGHT,
+    "mixtral": released.MIXTRAL,
+    "qwen3-moe": released.QWEN3_MOE,
+    "olmoe": released.OLMOE,
+}
+BALANCE = {
+    "v2-lite": BalanceConfig(bias="none", sequence_aux=0.001),
+    "v3": BalanceConfig(bias="update"),
+    "moonlight": BalanceConfig(bias="update", sequence_aux=0.001),
+    "mixtral": BalanceConfig(bias="none", microbatch_aux=0.02),
+    "qwen3-moe": BalanceConfig(bias="none", microbatch_aux=0.001),
+    "olmoe": BalanceConfig(bias="none", microbatch_aux=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_released_models(name: str) -> None:
+    assert from_hf(RELEASED[name]) == (OURS[name], BALANCE[name])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_of_a_release_only_special_tokens_are_left_to_the_tokenizer(name: str) -> None:
+    """And what is read otherwise, or computed otherwise by transformers, is told."""
+    sentences = lost_from_hf(RELEASED[name])
+    tokens = [sentence for sentence in sentences if "_token_id` is" in sentence]
+    assert len(tokens) == sum(key.endswith("_token_id") for key in RELEASED[name])
+    others = [sentence.split("`")[1] for sentence in sentences if sentence not in tokens]
+    expected = {"v3": ["quantization_config", "aux_loss_alpha"]}
+    grouped = ["router_aux_loss_coef"] if name in ("mixtral", "qwen3-moe", "olmoe") else []
+    assert others == expected.get(name, grouped)
 
 
 def test_v2_groups_and_microbatch_loss() -> None:
@@ -124,18 +68,12 @@ def test_greedy_knows_no_groups() -> None:
     assert not any("group" in sentence for sentence in lost_from_hf({**V2_LITE, "n_group": None}))
 
 
-def test_v3() -> None:
-    model, balance = from_hf(V3)
-    assert (model.score_function, model.group_score, model.normalize_top_k) == ("sigmoid", "top2_sum", True)
-    assert (model.num_groups, model.top_groups, model.num_mtp_layers) == (8, 4, 1)
-    assert balance.bias == "update"
-
-
 def test_v3_without_coefficient_is_announced() -> None:
     """Others set it to 0 here without a word."""
-    config_json = without(V3, "aux_loss_alpha", "seq_aux")
-    assert from_hf(config_json)[1].sequence_aux == 0.0
-    assert any("`balance.sequence_aux` stays 0" in sentence for sentence in lost_from_hf(config_json))
+    assert from_hf(V3)[1].sequence_aux == 0.0
+    assert any("`balance.sequence_aux` stays 0" in sentence for sentence in lost_from_hf(V3))
+    mixtral = without(MIXTRAL, "router_aux_loss_coef")
+    assert any("`balance.microbatch_aux` stays 0" in sentence for sentence in lost_from_hf(mixtral))
 
 
 def test_both_forms_of_rope_agree() -> None:
@@ -148,17 +86,39 @@ def test_both_forms_of_rope_agree() -> None:
     assert from_hf(plain)[0].rope == RopeConfig(theta=5e5)
 
 
-@pytest.mark.parametrize("config_json", [V2_LITE, V3], ids=["v2-lite", "v3"])
-def test_there_and_back(config_json: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", RELEASED)
+def test_there_and_back(name: str) -> None:
+    config_json = RELEASED[name]
     model, balance = from_hf(config_json)
     assert from_hf(to_hf(model, balance)) == (model, balance)
-    assert lost_to_hf(model, balance) == []
-    again = to_hf(model, balance, eos_token_id=100001)
-    kept = without(
-        config_json, "auto_map", "bos_token_id", "pretraining_tp", "torch_dtype", "transformers_version"
-    )
-    kept = without(kept, "use_cache", "architectures")
+    assert [s for s in lost_to_hf(model, balance) if "router_aux_loss_coef" not in s] == []
+    again = to_hf(model, balance, eos_token_id=config_json["eos_token_id"])
+    not_ours = ("auto_map", "torch_dtype", "transformers_version", "use_cache", "output_router_logits")
+    not_ours += ("bos_token_id", "pad_token_id", "pretraining_tp", "ep_size", "quantization_config")
+    kept = without(config_json, *not_ours, "max_window_layers", "sliding_window")
     assert {key: again[key] for key in kept} == kept
+
+
+def test_the_spelling_of_later_transformers() -> None:
+    """It writes Qwen3's `num_experts` as `num_local_experts`."""
+    config_json = without(QWEN3_MOE, "num_experts") | {"num_local_experts": 128}
+    assert from_hf(config_json) == from_hf(QWEN3_MOE)
+    assert lost_from_hf(config_json) == lost_from_hf(QWEN3_MOE)
+
+
+def test_heads_that_a_file_leaves_out() -> None:
+    model, _ = from_hf({**OLMOE, "num_key_value_heads": None})
+    assert (model.num_kv_heads, model.head_dim) == (16, 128)
+    assert from_hf({**MIXTRAL, "head_dim": 64})[0].head_dim == 64
+
+
+def test_yarn_without_mscale_is_that_of_transformers() -> None:
+    """Qwen3's, whose rotation alone is scaled, by 0.1 ln(factor) + 1."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    model, balance = from_hf({**QWEN3_MOE, "rope_scaling": scaling})
+    assert rotation_scale(model.rope) == pytest.approx(0.1 * math.log(4.0) + 1)
+    assert softmax_scale(model.rope, 128) == 128**-0.5
+    assert from_hf(to_hf(model, balance)) == (model, balance)
 
 
 def test_transformers_reads_what_is_written() -> None:
@@ -206,7 +166,6 @@ def test_a_default_model_loses_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"attention_dropout": 0.1}, "`attention_dropout` is 0.1"),
         ({"sliding_window": 512}, "`sliding_window` is 512 in config.json and is not kept: this model knows"),
         ({"num_key_value_heads": 128}, "16 is used"),
         ({"norm_topk_prob": True}, "`norm_topk_prob` is true"),
@@ -223,10 +182,14 @@ def test_every_loss_on_import_is_named(change: dict[str, Any], word: str) -> Non
     [
         ({"model_type": "llama"}, "`model_type` in config.json must be"),
         ({"attention_bias": True}, "`attention_bias` in config.json must be False"),
+        ({"attention_dropout": 0.1}, "`attention_dropout` in config.json must be 0.0, but is 0.1"),
         ({"hidden_act": "gelu"}, "`hidden_act` in config.json must be 'silu'"),
         ({"moe_layer_freq": 2}, "`moe_layer_freq` in config.json must be 1"),
         ({"rope_interleave": False}, "`rope_interleave` in config.json must be True"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "convert them to bf16 first"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8' in blocks of None: convert them to bf16"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' in blocks of None"),
+        ({"quantization_config": {**V3["quantization_config"], "weight_block_size": [64, 64]}}, "[64, 64]"),
+        ({"quantization_config": {**V3["quantization_config"], "fmt": "e5m2"}}, "fp8 (e4m3)"),
         ({"topk_method": "noaux_tc"}, "`topk_method` of deepseek_v2 must be greedy or group_limited_greedy"),
         ({"scoring_func": "sigmoid"}, "with `scoring_func` softmax"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "must be of type default or yarn"),
@@ -239,6 +202,62 @@ def test_what_cannot_be_read(change: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError) as caught:
         from_hf({**V2_LITE, **change})
     assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config_json", "change"),
+    [
+        (MIXTRAL, {"sliding_window": 4096}),
+        (MIXTRAL, {"router_jitter_noise": 0.1}),
+        (OLMOE, {"sliding_window": 4096}),
+        (OLMOE, {"clip_qkv": 8.0}),
+        (OLMOE, {"attention_bias": True}),
+        (QWEN3_MOE, {"use_sliding_window": True}),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}),
+        (QWEN3_MOE, {"attention_dropout": 0.1}),
+    ],
+)
+def test_what_cannot_be_computed(config_json: dict[str, Any], change: dict[str, Any]) -> None:
+    (key,) = change
+    with pytest.raises(UserError, match=f"`{key}` in config.json must be "):
+        from_hf({**config_json, **change})
+
+
+def test_a_window_that_is_off() -> None:
+    assert from_hf({**QWEN3_MOE, "sliding_window": 4096}) == from_hf(QWEN3_MOE)
+    assert any("`sliding_window` is 4096" in s for s in lost_from_hf({**QWEN3_MOE, "sliding_window": 4096}))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"num_shared_experts": 1}, "`model.num_shared_experts` must be 0 for a mixtral file, but is 1"),
+        ({"num_dense_layers": 1}, "`model.num_dense_layers` must be 0 for a mixtral file"),
+        ({"num_mtp_layers": 1}, "`model.num_mtp_layers` must be 0 for a mixtral file"),
+        ({"normalize_top_k": False}, "`model.normalize_top_k` must be True for a mixtral file"),
+        ({"score_function": "sigmoid"}, "`model.score_function` must be 'softmax' for a mixtral file"),
+        ({"num_groups": 2}, "`model.num_groups` must be 1 for a mixtral file"),
+        ({"rope": RopeConfig()}, "`model.rope.pairs` must be 'halves' for a mixtral file"),
+        (
+            {"qk_norm": "head", "normalize_top_k": False, "routed_scaling_factor": 2.0},
+            "`model.routed_scaling_factor` must be 1.0 for a qwen3_moe file",
+        ),
+    ],
+)
+def test_a_model_that_no_file_can_say(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        to_hf(dataclasses.replace(released.MIXTRAL, **change), BalanceConfig())
+    assert word in str(caught.value)
+
+
+def test_what_means_nothing_is_not_lost() -> None:
+    """No layer is dense, there are no latents, normalised weights are not scaled."""
+    changes = {"intermediate_size": 7, "kv_lora_rank": 7, "routed_scaling_factor": 2.0, "head_dim": None}
+    model = dataclasses.replace(released.MIXTRAL, **changes)
+    assert lost_to_hf(model, BalanceConfig(bias="none")) == []
+    (sentence,) = lost_to_hf(model, BalanceConfig(bias="none", sequence_aux=0.1))
+    assert "`balance.sequence_aux` is 0.1" in sentence
 
 
 def test_a_missing_key() -> None:

@@ -55,6 +55,9 @@ class SpiedSlice:
     def get_shape(self) -> list[int]:
         return self.stored.get_shape()
 
+    def get_dtype(self) -> str:
+        return self.stored.get_dtype()
+
     def __getitem__(self, place: Any) -> torch.Tensor:
         tensor = self.stored[place]
         self.read.append((self.name, tensor.numel()))

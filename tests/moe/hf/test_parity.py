@@ -1,4 +1,7 @@
-"""The model computes what transformers computes from the same files: logits, and every gradient."""
+"""The model computes what transformers computes, through the tape and where the two depart on purpose.
+
+Logits and gradients of every family are compared in test_cards.py.
+"""
 
 import math
 from pathlib import Path
@@ -16,26 +19,14 @@ from moe.model.rope import frequencies, rotation_scale
 from moe.model.transformer import Microbatch, Transformer
 from parallel.pipeline.overlap import run_pair
 from parallel.pipeline.tape import Tape, run
-from tests.moe.hf.tiny import (
-    KINDS,
-    oracle,
-    our_gradients,
-    relative_error,
-    released_gradients,
-    saved,
-    token_ids,
-)
+from tests.moe.hf.tiny import oracle, relative_error, saved, token_ids, worst_gradient
 
 TOKENS, LABELS = token_ids(1), token_ids(2)
 
 
 def assert_gradients_agree(model: Transformer, reference: nn.Module) -> None:
-    theirs = released_gradients(reference)
-    ours = dict(our_gradients(model, model.config.num_layers))
-    assert ours.keys() == theirs.keys()
-    errors = {name: relative_error(grad, theirs[name]) for name, grad in ours.items()}
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 1e-4, f"{worst}: {errors[worst]:.2e}"
+    error, name = worst_gradient(model, reference)
+    assert error < 1e-4, f"{name}: {error:.2e}"
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -64,18 +55,7 @@ def through_the_tape(model: Transformer, overlap: bool) -> None:
     run(other.backward())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients(kind: str, tmp_path: Path) -> None:
-    reference = oracle(kind)
-    model = open_model(saved(reference, tmp_path / "model"))
-    logits, expected = model(TOKENS), reference(TOKENS).logits
-    assert relative_error(logits, expected) < 1e-5
-    mean_loss(logits, LABELS).backward()
-    mean_loss(expected, LABELS).backward()
-    assert_gradients_agree(model, reference)
-
-
-@pytest.mark.parametrize("kind", ["v2", "v3"])
+@pytest.mark.parametrize("kind", ["v2", "v3", "qwen3-moe"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_gradients_through_the_tape(kind: str, overlap: bool, tmp_path: Path) -> None:
     reference = oracle(kind)

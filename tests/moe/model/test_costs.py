@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.config import ModelConfig
-from moe.model import attention, mla
+from moe.model import attention, attention_layer
 from moe.model.costs import (
     active_weights,
     head_flops,
@@ -19,7 +19,7 @@ from moe.model.costs import (
 )
 from moe.model.transformer import Microbatch, Transformer
 from parallel.pipeline.tape import Tape, run
-from tests.released import V2_LITE, V3
+from tests.released import MIXTRAL, MOONLIGHT, OLMOE, QWEN3_MOE, V2_LITE, V3
 from tests.small import SMALL_MODEL
 
 SEQUENCES, LENGTH = 2, 6
@@ -28,6 +28,9 @@ CASES = {
     "query latent": replace(SMALL_MODEL, q_lora_rank=12, v_head_dim=20, num_heads=3),
     "no shared experts, tied": replace(SMALL_MODEL, num_shared_experts=0, tie_embeddings=True, top_k=5),
     "no experts": replace(SMALL_MODEL, num_dense_layers=3),
+    "grouped queries": replace(
+        SMALL_MODEL, attention="gqa", num_heads=6, num_kv_heads=2, head_dim=10, qk_norm="head"
+    ),
     "MTP": replace(SMALL_MODEL, num_mtp_layers=1),
 }
 
@@ -64,7 +67,7 @@ def test_torch_counts_the_same(config: ModelConfig, monkeypatch: pytest.MonkeyPa
     none ahead for an MTP module's experts; outputs of experts are mixed by a product, and backward by one
     more; and attention's backward makes the scores again.
     """
-    monkeypatch.setattr(mla, "attend", causal)
+    monkeypatch.setattr(attention_layer, "attend", causal)
     monkeypatch.setattr(attention, "BLOCK", 1)
     tokens, hidden, num_mtp = SEQUENCES * LENGTH, config.hidden_size, config.num_mtp_layers
     num_blocks = config.num_layers + num_mtp
@@ -78,7 +81,18 @@ def test_torch_counts_the_same(config: ModelConfig, monkeypatch: pytest.MonkeyPa
     assert counted(config) == (products + mixed, 2 * products + mixed + scores)
 
 
-@pytest.mark.parametrize(("config", "billions"), [(V2_LITE, 15.706), (V3, 671.03)], ids=["V2-Lite", "V3"])
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (V2_LITE, 15.706),
+        (V3, 671.03),
+        (MOONLIGHT, 15.960),
+        (MIXTRAL, 46.703),
+        (QWEN3_MOE, 30.532),
+        (OLMOE, 6.919),
+    ],
+    ids=["V2-Lite", "V3", "Moonlight", "Mixtral", "Qwen3-MoE", "OLMoE"],
+)
 def test_active_weights_are_the_models_own(config: ModelConfig, billions: float) -> None:
     """A model as big as the released one: all its matrices but the embedding, experts as far as chosen."""
     with torch.device("meta"):  # shapes without memory

@@ -3,50 +3,39 @@ same however heads and sequences are cut."""
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe.config import ModelConfig, RopeConfig
-from moe.model.mla import MultiHeadLatentAttention, document_mask
+from moe.model.attention import document_mask
+from moe.model.attention_layer import AttentionLayer
 from moe.model.rope import rotation, softmax_scale
-from parallel.collectives import Splits
-from parallel.groups import Groups, build_groups
 from parallel.layout import Layout
-from parallel.pipeline.tape import Arrival, Tape, run
-from parallel.sequence import Positions
-from parallel.shards import Piece, parameter_pieces
+from tests.moe.model.cut_attention import (
+    LENGTH,
+    WIDTH,
+    Variant,
+    assert_the_same_attention,
+    attend,
+    build,
+    cut_variants,
+)
 from tests.ranks import run_ranks
-from tests.reduced import assemble, assert_same, buffers, owned_gradients
 
 CONFIG = ModelConfig(
-    hidden_size=12, num_heads=3, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
+    hidden_size=WIDTH, num_heads=3, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
 )
 YARN = RopeConfig(kind="yarn", factor=4, original_context=8, mscale=0.7, mscale_all_dim=0.7)
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, -1, -1]])
-
-
-def build(config: ModelConfig, length: int = 8) -> tuple[MultiHeadLatentAttention, Tensor]:
-    torch.manual_seed(0)
-    layer = MultiHeadLatentAttention(config)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.5)
-    return layer, torch.randn(2, length, config.hidden_size)
-
-
-def attend(layer: MultiHeadLatentAttention, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    config = layer.config
-    turn = rotation(config.rope, config.qk_rope_head_dim, torch.arange(hidden.shape[1]), hidden.device)
-    return layer(hidden, turn, mask)
 
 
 def rms_norm(vector: Tensor, gain: Tensor, eps: float) -> Tensor:
     return vector / (vector.square().mean() + eps).sqrt() * gain
 
 
-def naive(layer: MultiHeadLatentAttention, hidden: Tensor, allowed: Tensor) -> Tensor:
+def naive(layer: AttentionLayer, hidden: Tensor, allowed: Tensor) -> Tensor:
     """Section 2.1 of DeepSeek-V2, one query and one head at a time. `allowed` [B, S, S]."""
     config, weights = layer.config, dict(layer.named_parameters())
     plain, turned = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -140,102 +129,10 @@ def test_gradients_equal_the_naive_loop(q_lora_rank: int | None) -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
 
 
-class Variant(NamedTuple):
-    q_lora_rank: int | None
-    masked: bool  # by LONG_DOCUMENTS
-    recompute: bool
-
-    @property
-    def config(self) -> ModelConfig:
-        return replace(CONFIG, num_heads=4, q_lora_rank=self.q_lora_rank, rope=YARN)
-
-
-VARIANTS = [Variant(*values) for values in product((None, 5), (False, True), (False, True))]
-LONG_DOCUMENTS = torch.tensor([[0] * 3 + [1] * 6 + [2] * 7, [0] * 12 + [-1] * 4])  # across every stretch
-LENGTH = LONG_DOCUMENTS.shape[1]
-
-
-def upstream() -> Tensor:
-    return torch.randn(2, LENGTH, CONFIG.hidden_size, generator=torch.Generator().manual_seed(7))
-
-
-def place(layout: Layout, rank: int) -> Positions:
-    at = layout.coordinates(rank)
-    return Positions(length=LENGTH, cp=layout.cp, cp_rank=at["cp"], tp=layout.tp, tp_rank=at["tp"])
-
-
-class Telling(Tape):
-    """A tape that writes down what happens, in order."""
-
-    def __init__(self, *, recompute: bool = False) -> None:
-        super().__init__(recompute=recompute)
-        self.log: list[str] = []
-        self.sent: list[tuple[int, ...]] = []
-
-    def compute(self, function: Any, *inputs: Any) -> Any:
-        self.log.append("compute")
-        return super().compute(function, *inputs)
-
-    def exchange(self, rows: Tensor, splits: Splits) -> Arrival:
-        self.log.append("send")
-        self.sent.append(tuple(rows.shape))
-        return TellingArrival(super().exchange(rows, splits), self.log)
-
-
-class TellingArrival(NamedTuple):
-    arrival: Arrival
-    log: list[str]
-
-    def wait(self) -> Tensor:
-        self.log.append("wait")
-        return self.arrival.wait()
-
-
-class Stretch(NamedTuple):
-    """Of one rank."""
-
-    output: Tensor
-    grad_hidden: Tensor
-    owned: list[Piece]
-    log: list[str]
-    sent: list[tuple[int, ...]]
-
-
-def cut(variant: Variant, groups: Groups) -> Stretch:
-    config, positions = variant.config, place(groups.layout, groups.rank)
-    whole, hidden = build(config, LENGTH)
-    weights = dict(whole.named_parameters())
-    layer = MultiHeadLatentAttention(config, groups)
-    for piece in parameter_pieces(layer):
-        piece.tensor.copy_(weights[piece.name].detach()[piece.place])
-    zero, tape = buffers(layer, groups), Telling(recompute=variant.recompute)
-    hidden = positions.sequence(hidden).requires_grad_()
-    turn = rotation(config.rope, config.qk_rope_head_dim, positions.numbers(), hidden.device)
-    documents = LONG_DOCUMENTS if variant.masked else None
-    if positions.cp == 1:
-        mask = None if documents is None else document_mask(documents)
-        output = tape.compute(layer, hidden, turn, mask)
-    else:
-        phases = layer.ring_phases(tape, hidden, turn, positions, documents)
-        while True:
-            try:
-                next(phases)
-                tape.log.append("yield")
-            except StopIteration as stop:
-                output = stop.value
-                break
-    log = tape.log.copy()
-    wanted = positions.sequence(upstream())
-    tape.root(tape.compute(lambda value: (value * wanted).sum(), output), 1.0)
-    run(tape.backward())
-    tape.weights()
-    assert hidden.grad is not None
-    return Stretch(output.detach(), hidden.grad, owned_gradients(zero), log, tape.sent)
-
-
-def cut_variants(rank: int, world_size: int, layout: Layout) -> list[Stretch]:
-    groups = build_groups(layout)
-    return [cut(variant, groups) for variant in VARIANTS]
+VARIANTS = [
+    Variant(replace(CONFIG, num_heads=4, q_lora_rank=rank, rope=YARN), masked, recompute)
+    for rank, masked, recompute in product((None, 5), (False, True), (False, True))
+]
 
 
 @pytest.mark.parametrize(
@@ -244,24 +141,7 @@ def cut_variants(rank: int, world_size: int, layout: Layout) -> list[Stretch]:
     ids=Layout.describe,
 )
 def test_cut_attention_is_the_same_attention(layout: Layout) -> None:
-    """Output, input gradient and every weight's gradient: heads over tp, the sequence over tp and cp."""
-    by_rank = run_ranks(layout.world_size, cut_variants, layout)
-    for variant, *stretches in zip(VARIANTS, *by_rank, strict=True):
-        layer, hidden = build(variant.config, LENGTH)
-        output = attend(
-            layer, hidden.requires_grad_(), document_mask(LONG_DOCUMENTS) if variant.masked else None
-        )
-        output.backward(upstream())
-        assert hidden.grad is not None
-        for rank, stretch in enumerate(stretches):
-            positions = place(layout, rank)
-            assert_same(stretch.output, positions.sequence(output.detach()), f"{variant}: output")
-            assert_same(stretch.grad_hidden, positions.sequence(hidden.grad), f"{variant}: input gradient")
-        gradients = assemble(piece for stretch in stretches for piece in stretch.owned)
-        assert gradients.keys() == dict(layer.named_parameters()).keys()
-        for name, parameter in layer.named_parameters():
-            assert parameter.grad is not None and parameter.grad.any()
-            assert_same(gradients[name], parameter.grad, f"{variant}: {name}")
+    assert_the_same_attention(layout, VARIANTS)
 
 
 def test_attention_works_while_latents_travel_and_only_they_do() -> None:
@@ -269,6 +149,6 @@ def test_attention_works_while_latents_travel_and_only_they_do() -> None:
     config = VARIANTS[0].config
     turn = ["send", "compute", "yield", "wait"]
     rows = 2 * LENGTH // 4, config.kv_lora_rank + config.qk_rope_head_dim
-    for stretch in (stretches[0] for stretches in run_ranks(4, cut_variants, Layout(cp=4))):
+    for stretch in (stretches[0] for stretches in run_ranks(4, cut_variants, Layout(cp=4), VARIANTS)):
         assert stretch.log == ["compute", *turn * 3, "compute", "compute"]
         assert stretch.sent == [rows] * 3

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import BalanceConfig
-from moe.model.mla import document_mask
+from moe.model.attention import document_mask
 from moe.model.mtp import IGNORE, MTPModule, ahead
 from moe.model.rope import rotation
 from moe.model.transformer import Microbatch, Transformer

@@ -1,6 +1,7 @@
 """Rotary embedding: what a rotation must do, and NTK and YaRN against formulas worked out here."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -34,17 +35,19 @@ def test_scores_depend_on_the_distance_alone(rope: RopeConfig) -> None:
     assert scores.diagonal(-1)[0] != pytest.approx(scores.diagonal(-7)[0].item())
 
 
-def test_pairs_turn_like_complex_numbers() -> None:
-    """Interleaved pairs (2i, 2i + 1) as real and imaginary part, turned by position x theta^(-2i/R)."""
+@pytest.mark.parametrize(("pairs", "places"), [("interleaved", (2, 1)), ("halves", (1, 4))])
+def test_pairs_turn_like_complex_numbers(
+    pairs: Literal["interleaved", "halves"], places: tuple[int, int]
+) -> None:
+    """Pairs (2i, 2i + 1), or (i, i + R/2), as real and imaginary part, turned by position x theta^(-2i/R)."""
     torch.manual_seed(0)
-    vector = torch.randn(8)
-    for position, row in enumerate(rotated(RopeConfig(theta=100.0), vector, 5)):
+    vector, (stride, apart) = torch.randn(8), places
+    for position, row in enumerate(rotated(RopeConfig(theta=100.0, pairs=pairs), vector, 5)):
         for pair in range(4):
-            number = complex(vector[2 * pair], vector[2 * pair + 1])
+            real, imaginary = pair * stride, pair * stride + apart
+            number = complex(vector[real], vector[imaginary])
             turned = number * complex(math.cos(a := position * 100.0 ** (-pair / 4)), math.sin(a))
-            assert row[2 * pair : 2 * pair + 2].tolist() == pytest.approx(
-                [turned.real, turned.imag], abs=1e-6
-            )
+            assert row[[real, imaginary]].tolist() == pytest.approx([turned.real, turned.imag], abs=1e-6)
 
 
 @pytest.mark.parametrize("rope", KINDS)

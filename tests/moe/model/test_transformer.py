@@ -48,6 +48,22 @@ V2 = replace(
     capacity_factor=1.1,
     rope=RopeConfig(kind="yarn", factor=4, original_context=8, mscale=0.7, mscale_all_dim=0.7),
 )
+GROUPED = replace(
+    V2,
+    num_dense_layers=0,
+    num_shared_experts=0,
+    normalize_top_k=True,
+    num_groups=1,
+    top_groups=1,
+    tie_embeddings=False,
+    capacity_factor=None,
+    attention="gqa",
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    qk_norm="head",
+    rope=RopeConfig(pairs="halves"),
+)
 NUM_SEQUENCES, LENGTH = 8, 8  # of the global batch
 
 
@@ -212,9 +228,25 @@ LAYOUTS = [
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_trains_alike(name: str, layout: LayoutConfig, recompute: bool) -> None:
     """Losses, counts, every gradient and the norm, whoever owns what."""
-    case, parts = CASES[name], (layout.dp or 1) * layout.microbatches
+    case = CASES[name]
     if case.config.capacity_factor is not None and layout.tp * layout.cp > 1:
         pytest.skip("what is dropped depends on who holds which tokens")
+    assert_trains_alike(case, layout, recompute)
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [(LayoutConfig(tp=2, ep=2, microbatches=2), True), (LayoutConfig(cp=2, ep=2, microbatches=2), False)],
+    ids=str,
+)
+def test_grouped_queries_train_alike(layout: LayoutConfig, recompute: bool) -> None:
+    """A model without latents, shared experts or dense layers, such as Qwen3's."""
+    assert_trains_alike(Case(GROUPED, BalanceConfig(bias="none", microbatch_aux=0.2)), layout, recompute)
+
+
+def assert_trains_alike(case: Case, layout: LayoutConfig, recompute: bool) -> None:
+    """What the layout's ranks find together is what one rank finds."""
+    parts = (layout.dp or 1) * layout.microbatches
     expected = plainly(case, parts)
     results = run_ranks(ranks_of(layout), on_ranks, case, layout, recompute)
     whole = {piece.name: piece.tensor for piece in expected.gradients}

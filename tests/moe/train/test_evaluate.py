@@ -27,7 +27,7 @@ def evaluated(trainer: Trainer) -> dict[str, float]:
     assert loader.sequences_per_epoch > NUM_SEQUENCES
     found = evaluate(
         trainer.engine,
-        loader,
+        [loader],
         corpus.domains,
         num_sequences=NUM_SEQUENCES,
         batch_size=2,

@@ -84,9 +84,14 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
 
 
 def in_fp32(config: RunConfig) -> RunConfig:
-    """The same run with everything in fp32, which rounding would hide, and by the house's own engine."""
+    """The same run with everything in fp32, which rounding would hide, and by the house's own engine.
+
+    Recorded choices are compared row by row, so rows have one length.
+    """
+    whole = config.data.packing == "bucket"
     return replace(
         config,
+        data=replace(config.data, packing="whole") if whole else config.data,
         train=replace(config.train, precision="fp32"),
         optim=replace(
             config.optim,

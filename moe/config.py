@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipe", "dualpipev"]
+PackingName = Literal["stream", "whole", "bucket"]
 Component = Literal["embedding", "attention", "router", "experts", "shared", "dense", "norm", "head", "mtp"]
 
 
@@ -107,16 +108,32 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read. `python-stdlib` stands for the source text of the running Python installation."""
+    """What is read: texts, or chats (`.jsonl` rows of messages, instructions or ShareGPT conversations).
+
+    `python-stdlib` stands for the source text of the running Python installation, `python-stdlib-docstrings`
+    for chats drawn from it. Of a chat the assistant's turns are learnt, each with its end.
+
+    Packing: `stream` lays documents end to end and cuts. `whole` lays whole conversations together and keeps
+    attention inside each; `bucket` gives each its own row among rows of similar length, and trims.
+    """
 
     paths: tuple[str, ...] = ("python-stdlib",)
-    tokenizer: str | None = None  # a tokenizer.json; None trains a byte-level BPE on the text
+    tokenizer: str | None = None  # a tokenizer.json or its folder; None trains a byte-level BPE on the text
     cache: str = ".cache/data"
     sequence_length: int = 256
     validation_fraction: float = 0.04  # share of documents held out, chosen by a hash of their names
-    mask_documents: bool = False  # keep attention inside a document
+    mask_documents: bool = False  # keep attention inside a document; `packing=whole` always does
     text_key: str = "text"  # of JSONL rows
     domain_key: str = "domain"
+    format: Literal["text", "chat"] = "text"
+    packing: PackingName = "stream"  # stream for text; whole or bucket for chat
+    template: str | None = None  # a chat_template.jinja or tokenizer_config.json; None: the tokenizer's
+    max_bad: float = 0.05  # share of a chat corpus's lines that may be bad, and are left out and reported
+
+    @property
+    def separate_documents(self) -> bool:
+        """Whether attention and labels stay inside a document."""
+        return self.mask_documents or self.packing == "whole"
 
 
 @dataclass(frozen=True, kw_only=True)

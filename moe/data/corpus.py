@@ -10,16 +10,18 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from moe.config import DataConfig
-from moe.data.shards import TokenShards, read_manifest, write_shards
-from moe.data.sources import SourceFile, list_files, read_documents
+from moe.data.chat import encode_chats, read_chats, texts
+from moe.data.shards import Encoded, TokenShards, read_manifest, write_shards
+from moe.data.sources import CHAT_SUFFIXES, SUFFIXES, SourceFile, list_files, read_documents
+from moe.data.template import ChatTemplate, read_template
 from moe.data.tokenizer import (
     check_tokenizer,
     encode,
@@ -33,8 +35,10 @@ from parallel.errors import UserError
 from parallel.files import durable_file, sync
 
 FORMAT = 1  # raise it when the same settings would give other files
+CHAT_FORMAT = 1  # the same for chats alone
 SAMPLE_BYTES = 1 << 26  # of text that a tokenizer is trained on
 TOKENIZER = "tokenizer.json"
+SKIPPED = "skipped.jsonl"  # of chats: the lines that were left out, and why
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
 
     Raises `UserError` for paths, rows, tokenizers or a cache that will not do; nothing is left behind then.
     """
-    files = list_files(config.paths)
+    is_chat = config.format == "chat"
+    files = list_files(config.paths, CHAT_SUFFIXES if is_chat else SUFFIXES)
     cache = Path(config.cache).expanduser()
     folder = cache / _fingerprint(files, config, vocab_size)
     corpus = _open(folder)
@@ -77,7 +82,7 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
 
 def _fingerprint(files: Sequence[SourceFile], config: DataConfig, vocab_size: int) -> str:
     """A hash over everything that decides what a corpus holds."""
-    facts = {
+    facts: dict[str, object] = {
         "format": FORMAT,
         "files": [(str(file.path), file.name, file.domain, file.size, file.modified) for file in files],
         "tokenizer": config.tokenizer and hashlib.sha256(read_tokenizer(config.tokenizer)).hexdigest(),
@@ -85,6 +90,13 @@ def _fingerprint(files: Sequence[SourceFile], config: DataConfig, vocab_size: in
         "validation_fraction": config.validation_fraction,
         "keys": (config.text_key, config.domain_key),
     }
+    if config.format == "chat":  # texts keep the entries that they have
+        facts["chat"] = {
+            "format": CHAT_FORMAT,
+            "template": asdict(read_template(config.template, config.tokenizer)),
+            "sequence_length": config.sequence_length,
+            "max_bad": config.max_bad,
+        }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -129,25 +141,46 @@ def _build(
     echo(f"reading {len(files)} files, {num_bytes / 1e6:.1f} MB")
     if config.tokenizer is None:
         share = min(1.0, SAMPLE_BYTES / max(1, num_bytes))
-        tokenizer = train_tokenizer(sample(read_documents(files, config), share), vocab_size)
+        is_chat = config.format == "chat"
+        documents = texts(read_chats(files, config)) if is_chat else read_documents(files, config)
+        tokenizer = train_tokenizer(sample(documents, share), vocab_size)
     else:
         tokenizer = open_tokenizer(config.tokenizer)
         check_tokenizer(tokenizer, vocab_size)
     folder.mkdir()
     with durable_file(folder / TOKENIZER) as file:
         file.write(tokenizer.to_str().encode())
+    encoded, eos = _encode(files, config, tokenizer, folder, echo)
     manifest = write_shards(
-        folder,
-        encode(tokenizer, read_documents(files, config)),
-        vocab_size=vocab_size,
-        eos=end_of_document(tokenizer),
-        validation_fraction=config.validation_fraction,
+        folder, encoded, vocab_size=vocab_size, eos=eos, validation_fraction=config.validation_fraction
     )
     echo(
         f"{manifest.num_tokens:,} tokens in {manifest.num_documents:,} documents "
         f"({manifest.num_validation:,} for validation) of {len(manifest.domains)} domains, "
         f"ready after {time.perf_counter() - began:.1f} s"
     )
+
+
+def _encode(
+    files: Sequence[SourceFile],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    echo: Callable[[str], None],
+) -> tuple[Iterable[Encoded], int]:
+    """The documents or chats as they are to be written, and the id that ends one."""
+    if config.format == "text":
+        return encode(tokenizer, read_documents(files, config)), end_of_document(tokenizer)
+    template = ChatTemplate(read_template(config.template, config.tokenizer), tokenizer)
+    encoded = encode_chats(
+        read_chats(files, config),
+        template,
+        skipped=folder / SKIPPED,
+        longest=config.sequence_length + 1,
+        max_bad=config.max_bad,
+        echo=echo,
+    )
+    return encoded, template.eos
 
 
 def _install(built: Path, folder: Path) -> None:

@@ -6,6 +6,7 @@ token p is item p % shard_tokens of file p // shard_tokens. The manifest is writ
 the size of everything else: a folder without a manifest, or that disagrees with it, is no corpus.
 
     tokens-00000.bin ...   uint16, or uint32 for vocabularies above 65535
+    masks-00000.bin ...    uint8, of chats alone: 1 where the token is learnt as a label
     lengths.npy            [N] int64, tokens of each document
     domains.npy            [N] int32, index into the manifest's `domains`
     validation.npy         [N] bool
@@ -17,16 +18,22 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from moe.data.sources import Document
 from parallel.files import durable_file
 
+# A document and its tokens; of chats also whether each of them is learnt as a label.
+Encoded = tuple[Document, Sequence[int]] | tuple[Document, Sequence[int], Sequence[bool]]
+
 SHARD_TOKENS = 1 << 26
 MANIFEST = "manifest.json"
+STREAMS = ("tokens", "masks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,30 +63,30 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_shards(
     folder: Path,
-    encoded: Iterable[tuple[Document, Sequence[int]]],
+    encoded: Iterable[Encoded],
     *,
     vocab_size: int,
     eos: int,
     validation_fraction: float,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
-    """Write documents (their tokens end with `eos`) into an existing folder, the manifest last.
+    """Write documents into an existing folder, the manifest last; either all or none of them have masks.
 
-    Beside the stream, about 20 bytes per document are held in memory. Files already in the folder
-    become part of the manifest.
+    `eos` ends a text; a chat ends as its template has it. Beside the stream, about 20 bytes per document
+    are held in memory. Files already in the folder become part of the manifest.
     """
     dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
     lengths, domains, draws = array("q"), array("i"), array("d")
     domain_ids: dict[str, int] = {}
 
-    def stream() -> Iterator[np.ndarray]:
-        for document, tokens in encoded:
+    def stream() -> Iterator[list[np.ndarray]]:
+        for document, tokens, *masks in encoded:
             lengths.append(len(tokens))
             domains.append(domain_ids.setdefault(document.domain, len(domain_ids)))
             draws.append(_draw(document.name))
-            yield np.array(tokens, dtype)
+            yield [np.array(tokens, dtype), *(np.array(mask, np.uint8) for mask in masks)]
 
-    _write_stream(folder, stream(), shard_tokens)
+    _write_streams(folder, stream(), shard_tokens)
     validation = _held_out(np.array(draws), np.array(lengths), validation_fraction)
     arrays: dict[str, np.ndarray] = {
         "lengths": np.array(lengths, np.int64),
@@ -104,22 +111,27 @@ def write_shards(
     return manifest
 
 
-def _write_stream(folder: Path, chunks: Iterable[np.ndarray], shard_tokens: int) -> None:
-    """Chunks end to end, in files of exactly `shard_tokens` tokens (the last one shorter)."""
+def _write_streams(folder: Path, chunks: Iterable[Sequence[np.ndarray]], shard_tokens: int) -> None:
+    """Tokens (and masks) end to end, in files of exactly `shard_tokens` tokens (the last one shorter)."""
 
-    def numbered_pieces() -> Iterator[tuple[int, np.ndarray]]:
+    def numbered_pieces() -> Iterator[tuple[int, list[np.ndarray]]]:
         position = 0
         for chunk in chunks:
-            while len(chunk):
+            while len(chunk[0]):
                 number, used = divmod(position, shard_tokens)
-                piece, chunk = np.split(chunk, [shard_tokens - used])
-                position += len(piece)
-                yield number, piece
+                pieces = [array[: shard_tokens - used] for array in chunk]
+                chunk = [array[shard_tokens - used :] for array in chunk]
+                position += len(pieces[0])
+                yield number, pieces
 
-    for number, pieces in itertools.groupby(numbered_pieces(), key=lambda pair: pair[0]):
-        with durable_file(folder / f"tokens-{number:05d}.bin") as file:
-            for _, piece in pieces:
-                file.write(piece.tobytes())
+    for number, group in itertools.groupby(numbered_pieces(), key=lambda pair: pair[0]):
+        with ExitStack() as stack:
+            files: list[BinaryIO] = []
+            for _, pieces in group:
+                for name in STREAMS[len(files) : len(pieces)]:
+                    files.append(stack.enter_context(durable_file(folder / f"{name}-{number:05d}.bin")))
+                for file, piece in zip(files, pieces, strict=True):
+                    file.write(piece.tobytes())
 
 
 def _draw(name: str) -> float:
@@ -157,16 +169,32 @@ class TokenShards:
         self.num_tokens = int(self.lengths.sum())
         self._begins = (np.cumsum(lengths) - lengths)[chosen]
         self._shard_tokens = manifest.shard_tokens
-        names = sorted(name for name in manifest.files if name.startswith("tokens-"))
-        self._files = [np.memmap(folder / name, np.dtype(manifest.dtype), mode="r") for name in names]
+        kinds = (np.dtype(manifest.dtype), np.dtype(np.uint8))
+        self._tokens, self._masks = (
+            [
+                np.memmap(folder / file, kind, mode="r")
+                for file in sorted(manifest.files)
+                if file.startswith(name)
+            ]
+            for name, kind in zip(STREAMS, kinds, strict=True)
+        )
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` (exclusive) of a document, [stop - start] in the dtype on disk."""
+        return self._cut(self._tokens, document, start, stop)
+
+    def read_mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of these tokens are learnt as labels, [stop - start] bool: all of them, but for chats."""
+        if not self._masks:
+            return np.ones(stop - start, np.bool_)
+        return self._cut(self._masks, document, start, stop).astype(np.bool_)
+
+    def _cut(self, files: Sequence[np.ndarray], document: int, start: int, stop: int) -> np.ndarray:
         assert 0 <= start < stop <= self.lengths[document], (document, start, stop)
         size = self._shard_tokens
         begin, end = int(self._begins[document]) + start, int(self._begins[document]) + stop
         parts = [
-            self._files[number][max(begin - number * size, 0) : end - number * size]
+            files[number][max(begin - number * size, 0) : end - number * size]
             for number in range(begin // size, (end - 1) // size + 1)
         ]
         return np.concatenate(parts)

@@ -10,7 +10,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -18,20 +18,26 @@ from moe.config import DataConfig
 from parallel.errors import UserError
 
 STANDARD_LIBRARY = "python-stdlib"
+DOCSTRINGS = "python-stdlib-docstrings"
 STANDARD_LIBRARY_EXCLUDED = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+CHAT_SUFFIXES = (".jsonl",)
 PIECE_CHARACTERS = 1 << 22  # a longer text file is cut after the line that passes this
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file to read. `name` is its path below the given root, `modified` its mtime in ns."""
+    """One file to read. `name` is its path below the given root, `modified` its mtime in ns.
+
+    `docstrings`: it is a module whose functions are to be read as chats.
+    """
 
     path: Path
     name: str
     domain: str
     size: int
     modified: int
+    docstrings: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +49,20 @@ class Document:
     name: str
 
 
-def list_files(paths: Sequence[str]) -> list[SourceFile]:
+def list_files(paths: Sequence[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[SourceFile]:
     """Every file behind `paths`, each once: in the order of `paths`, then by name.
 
-    A path is `python-stdlib`, a file, a folder (read recursively, `SUFFIXES` only; hidden entries and
-    links to folders are passed over) or a glob. Raises `UserError` when one of them leads nowhere.
+    A path is `python-stdlib`, `python-stdlib-docstrings`, a file, a folder (read recursively, `suffixes`
+    only; hidden entries and links to folders are passed over) or a glob.
+    Raises `UserError` when one of them leads nowhere.
     """
     files: dict[Path, SourceFile] = {}
     for path in paths:
-        for file in _standard_library() if path == STANDARD_LIBRARY else _behind(path):
+        if path in (STANDARD_LIBRARY, DOCSTRINGS):
+            found = _standard_library(docstrings=path == DOCSTRINGS)
+        else:
+            found = _behind(path, suffixes)
+        for file in found:
             files.setdefault(file.path, file)
     return list(files.values())
 
@@ -71,7 +82,7 @@ def read_documents(files: Sequence[SourceFile], config: DataConfig) -> Iterator[
                         empty = False
                         yield document
         except OSError as error:
-            _refuse(error)
+            refuse_file(error)
     if empty:
         raise UserError(
             f"`data.paths` must lead to some text, but {list(config.paths)} holds none: "
@@ -79,16 +90,17 @@ def read_documents(files: Sequence[SourceFile], config: DataConfig) -> Iterator[
         )
 
 
-def _standard_library() -> Iterator[SourceFile]:
+def _standard_library(docstrings: bool) -> Iterator[SourceFile]:
     """The running Python's own modules; a domain per package, and `modules` for the single files."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, STANDARD_LIBRARY_EXCLUDED):
+    for path in _walk(root, (".py",), STANDARD_LIBRARY_EXCLUDED):
         package = path.relative_to(root).parts[0]
-        if path.suffix == ".py" and (path.parent == root or (root / package / "__init__.py").is_file()):
-            yield _source_file(path, root, domain="modules" if path.parent == root else package)
+        if path.parent == root or (root / package / "__init__.py").is_file():
+            file = _source_file(path, root, domain="modules" if path.parent == root else package)
+            yield replace(file, docstrings=docstrings)
 
 
-def _behind(path: str) -> Iterator[SourceFile]:
+def _behind(path: str, suffixes: tuple[str, ...]) -> Iterator[SourceFile]:
     """The files of one file, folder or glob; the folders directly below its root are the domains."""
     given = Path(os.path.abspath(os.path.expanduser(path)))
     if given.exists():
@@ -103,18 +115,18 @@ def _behind(path: str) -> Iterator[SourceFile]:
             f"correct it, or use {STANDARD_LIBRARY!r}"
         )
     for match in matches:
-        for file in _walk(match) if match.is_dir() else [match]:
+        for file in _walk(match, suffixes) if match.is_dir() else [match]:
             below = file.relative_to(root)
             yield _source_file(file, root, domain=below.parts[0] if len(below.parts) > 1 else below.stem)
 
 
-def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """The text files in and below a folder, sorted."""
+def _walk(root: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = frozenset()) -> list[Path]:
+    """The files with these suffixes in and below a folder, sorted."""
     found: list[Path] = []
-    for folder, folders, names in os.walk(root, onerror=_refuse):
+    for folder, folders, names in os.walk(root, onerror=refuse_file):
         folders[:] = [name for name in folders if name not in excluded and not name.startswith(".")]
         visible = (Path(folder, name) for name in names if not name.startswith("."))
-        found += (path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file())
+        found += (path for path in visible if path.suffix.lower() in suffixes and path.is_file())
     return sorted(found)
 
 
@@ -124,7 +136,8 @@ def _source_file(path: Path, root: Path, domain: str) -> SourceFile:
     return SourceFile(path, name, domain, size=status.st_size, modified=status.st_mtime_ns)
 
 
-def _refuse(error: OSError) -> NoReturn:
+def refuse_file(error: OSError) -> NoReturn:
+    """Raise the `UserError` for a file or folder that cannot be read."""
     raise UserError(
         f"`data.paths` must lead to readable files, but {error.filename} is not ({error.strerror}): "
         "change its permissions or leave it out"
@@ -159,7 +172,7 @@ def _rows(stream: TextIO, file: SourceFile, config: DataConfig) -> Iterator[Docu
                 f"under {config.domain_key!r}: correct the row, or use another key"
             )
         named = file.path.stem if domain in (None, "") else str(domain)
-        yield Document(_without_surrogates(text), _without_surrogates(named), f"{file.name}:{number}")
+        yield Document(without_surrogates(text), without_surrogates(named), f"{file.name}:{number}")
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -177,6 +190,6 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     )
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """JSON may escape half a character, which no tokenizer and no UTF-8 file can hold."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

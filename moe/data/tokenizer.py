@@ -15,6 +15,7 @@ from parallel.errors import UserError
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2
 DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # its bars and spaces are not the ASCII ones
 END_TOKENS = ("<eos>", "<|end_of_text|>", DEEPSEEK_END, "</s>", "<|endoftext|>")
+START_TOKENS = ("<bos>", "<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>")
 BATCH_CHARACTERS = 1 << 20
 
 
@@ -41,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`."""
+    """The tokenizer of a `tokenizer.json`, or of the folder that holds one."""
     try:
         return _literal(Tokenizer.from_buffer(read_tokenizer(path)))
     except UserError:
@@ -53,9 +54,15 @@ def open_tokenizer(path: str) -> Tokenizer:
 def read_tokenizer(path: str) -> bytes:
     """The content of a `tokenizer.json`."""
     try:
-        return Path(path).expanduser().read_bytes()
+        return tokenizer_file(path).read_bytes()
     except OSError as error:
         raise _no_tokenizer(path, error.strerror) from error
+
+
+def tokenizer_file(path: str) -> Path:
+    """The file itself, where its folder may be named instead."""
+    given = Path(path).expanduser()
+    return given / "tokenizer.json" if given.is_dir() else given
 
 
 def _no_tokenizer(path: str, reason: object) -> UserError:
@@ -86,6 +93,11 @@ def end_of_document(tokenizer: Tokenizer) -> int:
             f"{', '.join(END_TOKENS)}: add one to its `added_tokens`"
         )
     return found
+
+
+def first_token(tokenizer: Tokenizer, tokens: Iterable[str]) -> str | None:
+    """The first of these tokens that a tokenizer has."""
+    return next((token for token in tokens if tokenizer.token_to_id(token) is not None), None)
 
 
 def sample(documents: Iterable[Document], share: float) -> Iterator[str]:

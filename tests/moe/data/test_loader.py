@@ -3,6 +3,8 @@ import itertools
 import pytest
 import torch
 
+from moe.config import PackingName
+from moe.data import loader as module
 from moe.data.loader import Batch, Loader
 from moe.data.shards import TokenShards, read_manifest, write_shards
 from moe.data.sources import Document
@@ -16,6 +18,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     documents = ((Document("", domain, domain), tokens) for domain, tokens in TEXTS.items())
     manifest = write_shards(folder, documents, vocab_size=100, eos=1, validation_fraction=0)
     assert manifest == read_manifest(folder)
+    return TokenShards(folder, manifest, validation=False)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    """Of every chat the last two thirds are learnt."""
+    folder = tmp_path_factory.mktemp("chats")
+    documents = (
+        (Document("", domain, domain), tokens, [3 * place >= len(tokens) for place in range(len(tokens))])
+        for domain, tokens in TEXTS.items()
+    )
+    manifest = write_shards(folder, documents, vocab_size=100, eos=1, validation_fraction=0)
     return TokenShards(folder, manifest, validation=False)
 
 
@@ -91,3 +105,56 @@ def test_epochs_and_seeds_differ(shards: TokenShards) -> None:
     first, second = (make_loader(shards, 3).batch(cursor, 6).tokens for cursor in (0, 6))
     assert not torch.equal(first, second)
     assert not torch.equal(first, make_loader(shards, 3, seed=4).batch(0, 6).tokens)
+
+
+def test_whole_chats_are_laid_together(chats: TokenShards) -> None:
+    loader = Loader(chats, sequence_length=8, seed=3, mask_documents=True, packing="whole")
+    assert loader.sequences_per_epoch == 2
+    batch = loader.batch(0, 2)
+    rows = sorted(zip(*(tensor.tolist() for tensor in fields(batch)), strict=True))
+    assert rows[0] == (
+        [10, 11, 12, 13, 1, 20, 1, 0],
+        [-100, 12, 13, 1, -100, 1, -100, -100],
+        [True] * 7 + [False],
+        [0, 0, 0, 0, 0, 1, 1, -1],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+    )
+    assert rows[1][:2] == ([30, 31, 32, 33, 34, 35, 36, 37], [-100, -100, 33, 34, 35, 36, 37, 1])
+    assert not torch.equal(batch.tokens, loader.batch(4, 2).tokens) or not torch.equal(
+        batch.tokens, loader.batch(2, 2).tokens
+    )
+
+
+def test_buckets_are_trimmed_to_the_longest(chats: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(length: int, multiple: int = 1) -> Loader:
+        return Loader(
+            chats,
+            sequence_length=length,
+            seed=3,
+            mask_documents=False,
+            packing="bucket",
+            batch_size=1,
+            length_multiple=multiple,
+        )
+
+    monkeypatch.setattr(module, "TRIMMED", 2)
+    loader = make(100)
+    assert loader.sequences_per_epoch == 3
+    found = {int(batch.tokens[0, 0]): batch for batch in (loader.batch(n, 1) for n in range(3))}
+    assert {first: batch.tokens.shape[1] for first, batch in found.items()} == {10: 4, 20: 2, 30: 8}
+    assert fields(found[20])[0].tolist() == [[20, 1]] and found[20].labels.tolist() == [[1, -100]]
+    assert found[20].valid.tolist() == [[True, True]] and found[10].valid.tolist() == [[True] * 4]
+    assert loader.batch(0, 3).tokens.shape == (3, 8)
+    assert make(100, 3).batch(0, 3).tokens.shape == (3, 12)  # a layout asks for 3, kernels for 2
+    assert make(10, 5).batch(0, 3).tokens.shape == (3, 10)  # and never more than a sequence
+
+
+@pytest.mark.parametrize("packing", ["whole", "bucket"])
+def test_any_cursor_continues_chats_too(chats: TokenShards, packing: PackingName) -> None:
+    def read(first: int, count: int) -> list[torch.Tensor]:
+        loader = Loader(chats, sequence_length=8, seed=3, mask_documents=False, packing=packing, batch_size=2)
+        return fields(loader.batch(first, count))
+
+    continuous = read(0, 13)
+    for cursor in (1, 4, 8):
+        assert equal(read(cursor, 5), [tensor[cursor : cursor + 5] for tensor in continuous])

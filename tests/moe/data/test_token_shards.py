@@ -88,3 +88,20 @@ def test_a_crash_while_writing_leaves_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_shards(tmp_path, failing(), vocab_size=100, eos=1, validation_fraction=0.5)
     assert read_manifest(tmp_path) is None
+
+
+def test_masks_lie_beside_the_tokens(tmp_path: Path) -> None:
+    texts = [([5, 6, 7], [False, True, True]), ([8, 9, 3, 1], [True, False, False, True])]
+    documents = ((Document("", "d", str(n)), *text) for n, text in enumerate(texts))
+    write_shards(tmp_path, documents, vocab_size=99_999, eos=1, validation_fraction=0, shard_tokens=5)
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    shards = TokenShards(tmp_path, manifest, validation=False)
+    assert contents(shards) == [tokens for tokens, _ in texts]
+    masks = [shards.read_mask(n, 0, int(length)) for n, length in enumerate(shards.lengths)]
+    assert [mask.tolist() for mask in masks] == [mask for _, mask in texts]
+    assert shards.read_mask(1, 1, 4).tolist() == [False, False, True] and masks[0].dtype == np.bool_
+    assert [f.stat().st_size for f in sorted(tmp_path.glob("masks-*"))] == [5, 2]
+    plain, _ = write(tmp_path / "text", [[5, 6, 1]])
+    assert plain.read_mask(0, 0, 3).tolist() == [True] * 3
+    assert not list((tmp_path / "text").glob("masks-*"))

@@ -72,6 +72,47 @@ COMMANDS = {
         ),
         example="switchyard verify recipe=tiny --sweep --ranks 4 --shrink",
     ),
+    "select-experts": Command(
+        target="launch.select:main",
+        usage="select-experts run=NAME [KEY=VALUE ...] --out FILE [--score token|gate] [--threshold P]",
+        does="choose the experts that a fine-tuning trains (ESFT)",
+        details=(
+            "Runs a model over a sample of data and scores its experts; in each layer those of greatest\n"
+            "score are chosen, as few as reach the threshold. `tune.method=esft tune.selection=FILE` trains\n"
+            "them.\n\n"
+            "run=NAME       whose newest checkpoint is scored, under its saved settings\n"
+            "KEY=VALUE      overrides any setting, as in Hydra: data.paths=[law.jsonl] layout.ep=2\n"
+            "--out FILE     the selection; its scores go to FILE with .scores before its ending\n"
+            "--score        token: how often an expert is chosen; gate: its mean weight (default: token)\n"
+            "--threshold P  of the sum of scores (default: 0.2 by token, 0.1 by gate)\n"
+            "--sequences N  of the sample (default: 32)"
+        ),
+        example="switchyard select-experts run=base data.paths=[law.jsonl] --out law.json",
+    ),
+    "convert to-esft": Command(
+        target="launch.esft:export",
+        usage="convert to-esft RUN DIR",
+        does="write the experts that a run changed, and nothing else",
+        details=(
+            "DIR becomes what DeepSeek's ESFT calls an adapter: the trained tensors of the newest\n"
+            "checkpoint under their released names, and the selection.\n\n"
+            "RUN  the folder of a run with `tune.method=esft`\n"
+            "DIR  a new folder"
+        ),
+        example="switchyard convert to-esft runs/law law-experts",
+    ),
+    "convert merge-esft": Command(
+        target="launch.esft:merge",
+        usage="convert merge-esft BASE ADAPTER DIR",
+        does="put changed experts back into a Hugging Face model",
+        details=(
+            "Every tensor that the adapter does not hold is the base model's, bit for bit.\n\n"
+            "BASE     a Hugging Face folder with safetensors\n"
+            "ADAPTER  what `convert to-esft` wrote, or an adapter that DeepSeek released\n"
+            "DIR      a new folder"
+        ),
+        example="switchyard convert merge-esft DeepSeek-V2-Lite law-experts law-model",
+    ),
     "schedule": Command(
         target="launch.schedule:main",
         usage="schedule NAME --ranks P --microbatches M [--cost f=1,b=2,w=1,a2a=0] [--compare]",
@@ -196,7 +237,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _overview(names: Sequence[str]) -> str:
-    rows = "\n".join(f"  {name:<18}{COMMANDS[name].does}" for name in names)
+    rows = "\n".join(f"  {name:<20}{COMMANDS[name].does}" for name in names)
     return f"usage: switchyard COMMAND [ARGUMENTS]\n\n{rows}\n\n`switchyard COMMAND --help` says more."
 
 

@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from moe.config import ModelConfig, RunConfig
+from moe.config import DataConfig, ModelConfig, RunConfig
+from moe.data.sources import DOCSTRINGS, STANDARD_LIBRARY
 from parallel.errors import UserError
 from parallel.layout import Layout, alternatives, length_multiple
 from parallel.pipeline.schedules import FORMS, count_stages, require_numbers
@@ -80,11 +81,13 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     """Check the rules between fields and return the layout. `world_size`: ranks that were started."""
     _validate_ranges(config)
     _validate_model(config.model)
+    _validate_data(config.data)
     layout = _layout(config, world_size)
     model, batch = config.model, config.train.batch_size
     _validate_cuts(config, layout)
     _validate_schedule(config, layout)
     _validate_engine(config, layout)
+    _validate_selection(config)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
         near = sorted({max(parts, batch // parts * parts), (batch // parts + 1) * parts})
@@ -202,6 +205,42 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
             )
 
 
+def _validate_selection(config: RunConfig) -> None:
+    """What training some experts asks of the rest."""
+    if config.tune.method != "esft":
+        return
+    if config.tune.selection is None:
+        raise UserError(
+            "`tune.selection` must name a file of chosen experts with `tune.method=esft`, but is null: make "
+            "one with `switchyard select-experts`"
+        )
+    for field, value, wanted in (
+        ("balance.bias", config.balance.bias, ("frozen", "none")),
+        ("optim.engine", config.optim.engine, ("switchyard",)),
+    ):
+        if value not in wanted:
+            raise UserError(
+                f"`{field}` must be {' or '.join(wanted)} with `tune.method=esft`, but is {value}: set "
+                f"`{field}={wanted[0]}`"
+            )
+
+
+def _validate_data(data: DataConfig) -> None:
+    """What a format asks of packing and paths."""
+    allowed = {"text": ("stream",), "chat": ("whole", "bucket")}[data.format]
+    if data.packing not in allowed:
+        raise UserError(
+            f"`data.packing` must be {' or '.join(allowed)} with `data.format={data.format}`, but is "
+            f"{data.packing}: set `data.packing={allowed[0]}`"
+        )
+    wrong, right = (STANDARD_LIBRARY, DOCSTRINGS) if data.format == "chat" else (DOCSTRINGS, STANDARD_LIBRARY)
+    if wrong in data.paths:
+        raise UserError(
+            f"`data.paths` must name sources of `data.format={data.format}`, but {wrong!r} is none: "
+            f"use {right!r} or files of your own"
+        )
+
+
 def _validate_model(model: ModelConfig) -> None:
     if model.num_experts % model.num_groups:
         raise UserError(
@@ -288,7 +327,7 @@ _NOT_NEGATIVE = (
     *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every", "train.keep_every"),
     *("train.eval_sequences", "train.sample_tokens", "train.seed", "telemetry.domains_every"),
 )
-_SHARE = ("optim.min_lr_ratio", "optim.decay_fraction")
+_SHARE = ("data.max_bad", "optim.min_lr_ratio", "optim.decay_fraction")
 _BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2")
 _ABOVE_ONE = ("model.rope.theta",)
 

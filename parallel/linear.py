@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -81,49 +82,55 @@ class _Product(torch.autograd.Function):
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], *stacks: Tensor) -> Tensor:
         assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
-        ctx.save_for_backward(rows)
-        ctx.counts, ctx.weight, ctx.queue = counts, weight, queue_here()
-        out = rows.new_empty(rows.shape[0], weight.shape[1])
-        for expert, begin, end in _segments(counts):
-            torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
+        ctx.save_for_backward(rows if any(ctx.needs_input_grad[2:]) else None)
+        ctx.stacks, ctx.segments, ctx.queue = stacks, _segments(counts, stacks), queue_here()
+        out = rows.new_empty(rows.shape[0], stacks[0].shape[1])
+        for weight, segments in zip(stacks, ctx.segments, strict=True):
+            for expert, begin, end in segments:
+                torch.mm(rows[begin:end], weight[expert].t(), out=out[begin:end])
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (rows,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0].contiguous()
-        segments = _segments(ctx.counts)
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        if grad_rows is not None:
-            for expert, begin, end in segments:
-                torch.mm(grad[begin:end], weight[expert], out=grad_rows[begin:end])
-        if not ctx.needs_input_grad[2]:
-            return grad_rows, None, None
-        if hasattr(weight, "main_grad"):
-            now_or_later(ctx.queue, partial(_add_expert_gradients, weight, segments, grad, rows))
-            return grad_rows, None, None
-        grad_weight = torch.zeros_like(weight)
-        for expert, begin, end in segments:
-            torch.mm(grad[begin:end].t(), rows[begin:end], out=grad_weight[expert])
-        return grad_rows, None, grad_weight
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), grad = ctx.saved_tensors, grads[0].contiguous()
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grad.new_empty(grad.shape[0], ctx.stacks[0].shape[2])
+        grad_weights: list[Tensor | None] = []
+        for weight, segments, needed in zip(ctx.stacks, ctx.segments, ctx.needs_input_grad[2:], strict=True):
+            if grad_rows is not None:
+                for expert, begin, end in segments:
+                    torch.mm(grad[begin:end], weight[expert], out=grad_rows[begin:end])
+            made = None
+            if needed and hasattr(weight, "main_grad"):
+                now_or_later(ctx.queue, partial(_add_expert_gradients, weight, segments, grad, rows))
+            elif needed:
+                made = torch.zeros_like(weight)
+                for expert, begin, end in segments:
+                    torch.mm(grad[begin:end].t(), rows[begin:end], out=made[expert])
+            grad_weights.append(made)
+        return grad_rows, None, *grad_weights
 
 
-def _add_expert_gradients(
-    weight: Tensor, segments: list[tuple[int, int, int]], grad: Tensor, rows: Tensor
-) -> None:
+Segments = list[tuple[int, int, int]]  # expert of a stack, first row, end row
+
+
+def _add_expert_gradients(weight: Tensor, segments: Segments, grad: Tensor, rows: Tensor) -> None:
     for expert, begin, end in segments:
         add_weight_gradient(weight, expert, grad[begin:end], rows[begin:end])
 
 
-def _segments(counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert that has rows."""
-    segments, begin = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            segments.append((expert, begin, begin + count))
-        begin += count
-    return segments
+def _segments(counts: Sequence[int], stacks: Sequence[Tensor]) -> list[Segments]:
+    """The experts of each stack that have rows; rows and counts run through the stacks in turn."""
+    assert len(counts) == sum(map(len, stacks)), f"{len(counts)} counts for {sum(map(len, stacks))} experts"
+    ends = list(accumulate(counts, initial=0))
+    spans, found = iter(pairwise(ends)), []
+    for weight in stacks:
+        own = enumerate(islice(spans, len(weight)))
+        found.append([(expert, begin, end) for expert, (begin, end) in own if begin < end])
+    return found
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
@@ -167,26 +174,39 @@ class Linear(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """The weights [e, O, I] of this rank's experts, of which the first is expert `first` of them all."""
+    """The weights [e, O, I] of this rank's experts, in the order of their numbers `experts`.
+
+    The last `num_chosen` may lie in a stack of their own, `chosen`, so that they alone are trained: only
+    that stack then has gradients and optimizer state. Canonical names are the same in either.
+    """
+
+    chosen: nn.Parameter | None
 
     def __init__(
         self,
-        num_local: int,
-        first: int,
+        experts: Sequence[int],
         num_inputs: int,
         num_outputs: int,
         dtype: torch.dtype = torch.float32,
         cut: Cut = WHOLE,
+        *,
+        num_chosen: int = 0,
     ) -> None:
         super().__init__()
-        self.first, self.cut = first, cut
-        shape = (num_local, *_part_shape(num_outputs, num_inputs, cut))
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.experts, self.cut = tuple(experts), cut
+        shape, rest = _part_shape(num_outputs, num_inputs, cut), len(experts) - num_chosen
+        self.weight = nn.Parameter(torch.empty(rest, *shape, dtype=dtype))
+        chosen = nn.Parameter(torch.empty(num_chosen, *shape, dtype=dtype)) if num_chosen else None
+        self.register_parameter("chosen", chosen)
         self._mark()
 
     def _mark(self) -> None:
-        mark_experts(self.weight, self.first)
+        rest = len(self.weight)
+        mark_experts(self.weight, self.experts[:rest])
         mark_cut(self.weight, self.cut)
+        if self.chosen is not None:
+            mark_experts(self.chosen, self.experts[rest:], called="weight")
+            mark_cut(self.chosen, self.cut)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied parameter has lost its marks, without which its gradient would be reduced as dense."""
@@ -195,4 +215,5 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""
-        return _GroupedProduct.apply(rows, counts, self.weight)
+        stacks = (self.weight,) if self.chosen is None else (self.weight, self.chosen)
+        return _GroupedProduct.apply(rows, counts, *stacks)

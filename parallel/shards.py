@@ -1,7 +1,7 @@
 """How each parameter is cut and replicated: what checkpoint, conversion and optimizer need to know.
 
-A parameter may be whole on every rank, cut over the tensor-parallel axis, or a stack [e, ...] of this
-rank's experts, each of them cut over the expert-tensor axis. Canonical tensors know none of this: they
+A parameter may be whole on every rank, cut over the tensor-parallel axis, or a stack [e, ...] of experts
+of this rank, each of them cut over the expert-tensor axis. Canonical tensors know none of this: they
 are whole, and every expert stands by itself, as `layers.3.moe.experts.17.down.weight`. A `Piece` is
 a rectangle of a canonical tensor; what a rank holds of one, whole or flat, is a list of pieces.
 """
@@ -41,9 +41,14 @@ class Piece:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.tensor.shape, strict=True))
 
 
-def mark_experts(parameter: nn.Parameter, first: int) -> None:
-    """Record that dim 0 of a parameter runs over this rank's experts, beginning with expert `first`."""
-    parameter.first_expert = first  # type: ignore[attr-defined]
+def mark_experts(parameter: nn.Parameter, numbers: tuple[int, ...], called: str | None = None) -> None:
+    """Record that dim 0 of a parameter runs over these experts, in this order.
+
+    `called`: the last part of the canonical names, where it is not the parameter's own. Experts that lie
+    in several stacks have names that do not tell which.
+    """
+    assert len(numbers) == len(parameter), f"a stack of {len(parameter)} cannot hold experts {numbers}"
+    parameter.experts, parameter.called = numbers, called  # type: ignore[attr-defined]
 
 
 def mark_cut(parameter: nn.Parameter, cut: Cut | None) -> None:
@@ -54,7 +59,7 @@ def mark_cut(parameter: nn.Parameter, cut: Cut | None) -> None:
 
 def is_expert(parameter: Tensor) -> bool:
     """Whether a parameter is a stack of experts, different on every rank of the expert group."""
-    return hasattr(parameter, "first_expert")
+    return hasattr(parameter, "experts")
 
 
 def is_cut(parameter: Tensor) -> bool:
@@ -100,10 +105,13 @@ def _blocks(name: str, parameter: Tensor) -> Iterator[_Block]:
         return
     head, stack, tail = name.rpartition("experts.")
     assert stack, f"{name} is stacked by expert, but its name has no `experts`"
-    num_local, *shape = parameter.shape
-    first: int = parameter.first_expert  # type: ignore[attr-defined]
-    for index in range(num_local):
-        full_name = f"{head}{stack}{first + index}.{tail}"
+    numbers: tuple[int, ...] = parameter.experts  # type: ignore[attr-defined]
+    called: str | None = parameter.called  # type: ignore[attr-defined]
+    if called is not None:
+        tail = ".".join((*tail.split(".")[:-1], called))
+    _, *shape = parameter.shape
+    for index, number in enumerate(numbers):
+        full_name = f"{head}{stack}{number}.{tail}"
         yield from _sections(full_name, tuple(shape), parameter, index * math.prod(shape))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.attention_layer import AttentionLayer
+from moe.model.experts import Placement
 from moe.model.gqa import GroupedQueryAttention
 from moe.model.layer import LayerLoad, MoELayer
 from moe.model.mla import MultiHeadLatentAttention
@@ -45,13 +46,16 @@ class Block(nn.Module):
         dtype: torch.dtype,
         *,
         is_moe: bool,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
         self.attention: AttentionLayer = attention(config, groups, dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.moe = MoELayer(config, balance, groups, dtype, seed=None) if is_moe else None
+        self.moe = (
+            MoELayer(config, balance, groups, dtype, seed=None, placement=placement) if is_moe else None
+        )
         self.mlp = None if is_moe else SwiGLU(config.hidden_size, config.intermediate_size, groups.tp, dtype)
 
     def phases(

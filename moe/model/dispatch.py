@@ -2,7 +2,8 @@
 
 A `Plan` is the index arithmetic of one rank's tokens; it says nothing of other ranks. `Delivery` is
 what a rank learns when every rank has told how many rows it sends. Moving the rows is
-parallel/collectives.py's business. An exchange wants its splits on the host, so a layer's forward reads
+parallel/collectives.py's business. Where experts live elsewhere than in order, they go by their seats here
+(experts.py). An exchange wants its splits on the host, so a layer's forward reads
 two small tensors from the device, the rows it sends and those that it is sent; a backward reads none.
 Legend: T tokens, K chosen experts, E experts, e experts of this rank, N rows, D hidden size.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.dispatch import Delivery, Plan, announce, deliver, make_plan, take_rows, weighted_sum
-from moe.model.experts import Experts
+from moe.model.experts import Experts, Placement, in_order
 from moe.model.init import init_weights
 from moe.model.mlp import SwiGLU
 from moe.model.router import Router, Routing
@@ -31,6 +31,7 @@ class LayerLoad:
     experts_TK: Tensor  # chosen experts; E on padding
     counts_E: Tensor  # int64: assignments of valid tokens
     rows_E: Tensor  # int64: rows sent; fewer than the counts where capacity dropped some
+    gates_E: Tensor  # fp64: the sum of the weights by which valid tokens chose it
     auxiliary_loss: Tensor
 
 
@@ -41,6 +42,8 @@ class MoELayer(nn.Module):
     of the sequence.
     """
 
+    seats: Tensor | None
+
     def __init__(
         self,
         config: ModelConfig,
@@ -48,12 +51,21 @@ class MoELayer(nn.Module):
         groups: ModelGroups = ALONE,
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
+        placement: Placement | None = None,
     ) -> None:
-        """With `seed` None the weights are left uninitialised, for the model to fill."""
+        """With `seed` None the weights are left uninitialised, for the model to fill.
+
+        `placement`: which expert lives where; None keeps them in order.
+        """
         super().__init__()
         self.config, self.groups = config, groups
         self.router = Router(config, balance or BalanceConfig(), dtype, groups.tp_cp)
-        self.experts = Experts(config, groups, dtype)
+        placement = placement or in_order(config.num_experts)
+        self.experts = Experts(config, groups, dtype, placement)
+        seats = None  # of each expert, and beyond them that of padding, which has none
+        if placement.order != in_order(config.num_experts).order:
+            seats = torch.tensor((*placement.seats, config.num_experts))
+        self.register_buffer("seats", seats, persistent=False)
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, shared_width, groups.tp, dtype) if shared_width else None
         if seed is not None:
@@ -76,7 +88,8 @@ class MoELayer(nn.Module):
         """
         weights, auxiliary, routing = tape.compute(self.router, hidden, valid)
         tape.root(auxiliary, auxiliary_share)
-        plan = make_plan(routing.experts_TK, weights, self.config.num_experts, self.config.capacity_factor)
+        seats_TK = routing.experts_TK if self.seats is None else self.seats[routing.experts_TK]
+        plan = make_plan(seats_TK, weights, self.config.num_experts, self.config.capacity_factor)
         announced = announce(plan, self.groups)
         rows = tape.compute(_spread, hidden, plan)  # while the counts travel
         delivery = deliver(plan, announced.wait(), self.groups)
@@ -87,7 +100,13 @@ class MoELayer(nn.Module):
         returned = tape.exchange(rows, delivery.splits.reversed())
         yield
         output = tape.compute(_combine, returned.wait(), weights, shared, plan, hidden.shape)
-        return output, _load(routing, plan, auxiliary)
+        return output, self._load(routing, weights, plan, auxiliary)
+
+    def _load(self, routing: Routing, weights_TK: Tensor, plan: Plan, auxiliary: Tensor) -> LayerLoad:
+        rows_E = plan.rows_E if self.seats is None else plan.rows_E[self.seats[:-1]]
+        gates_E = weights_TK.new_zeros(self.config.num_experts + 1, dtype=torch.float64)
+        gates_E.index_add_(0, routing.experts_TK.flatten(), weights_TK.detach().flatten().double())
+        return LayerLoad(routing.experts_TK, routing.counts_E, rows_E, gates_E[:-1], auxiliary.detach())
 
     def _expert_phases(
         self, tape: Recorder, rows: Tensor, delivery: Delivery
@@ -127,7 +146,3 @@ def _combine(
 ) -> Tensor:
     routed = weighted_sum(rows, weights_TK, plan).view(shape)
     return routed if shared is None else routed + shared
-
-
-def _load(routing: Routing, plan: Plan, auxiliary: Tensor) -> LayerLoad:
-    return LayerLoad(routing.experts_TK, routing.counts_E, plan.rows_E, auxiliary.detach())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.block import Block, Surroundings
+from moe.model.experts import Placement
 from moe.model.layer import LayerLoad
 from moe.model.norm import RMSNorm
 from parallel.collectives import ModelGroups
@@ -27,13 +28,18 @@ class MTPModule(nn.Module):
     """Embedding and head are the main model's."""
 
     def __init__(
-        self, config: ModelConfig, balance: BalanceConfig, groups: ModelGroups, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        balance: BalanceConfig,
+        groups: ModelGroups,
+        dtype: torch.dtype,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.projection = Linear(2 * config.hidden_size, config.hidden_size, dtype)
-        self.block = Block(config, balance, groups, dtype, is_moe=True)
+        self.block = Block(config, balance, groups, dtype, is_moe=True, placement=placement)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def phases(

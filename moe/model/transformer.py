@@ -8,7 +8,7 @@ Legend: B sequences, S positions (of this context-parallel rank), s positions (o
 size, V vocabulary.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe.config import BalanceConfig, ModelConfig
 from moe.model.attention import document_mask
 from moe.model.block import Block, Surroundings
+from moe.model.experts import Placement
 from moe.model.init import init_weights
 from moe.model.layer import LayerLoad
 from moe.model.mtp import IGNORE, MTPModule, ahead, mtp_targets
@@ -76,12 +77,15 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
         parts: Sequence[Part] = (),
+        placements: Mapping[str, Placement] | None = None,
     ) -> None:
         """With `seed` None the weights are left uninitialised, to be loaded.
 
-        `parts`: the stages, in order; none stands for all layers as one.
+        `parts`: the stages, in order; none stands for all layers as one. `placements`: which experts live
+        where, by layer ("3", "mtp0"); where none is given they live in order.
         """
         super().__init__()
+        placed = (placements or {}).get
         self.config, self.groups = config, groups
         self.parts = tuple(parts) or (whole(config.num_layers),)
         balance = balance or BalanceConfig()
@@ -90,7 +94,14 @@ class Transformer(nn.Module):
         # By their numbers in the whole model, which are the canonical names.
         self.layers = nn.ModuleDict(
             {
-                str(layer): Block(config, balance, groups, dtype, is_moe=config.is_moe(layer))
+                str(layer): Block(
+                    config,
+                    balance,
+                    groups,
+                    dtype,
+                    is_moe=config.is_moe(layer),
+                    placement=placed(str(layer)),
+                )
                 for part in self.parts
                 for layer in part.layers
             }
@@ -99,7 +110,9 @@ class Transformer(nn.Module):
         self.embedding = VocabEmbedding(config.vocab_size, width, groups.tp, dtype) if embeds else None
         self.norm = RMSNorm(width, config.rms_norm_eps, dtype) if has_last else None
         self.head = self._make_head(dtype) if has_last and not config.tie_embeddings else None
-        self.mtp = nn.ModuleList(MTPModule(config, balance, groups, dtype) for _ in range(num_mtp))
+        self.mtp = nn.ModuleList(
+            MTPModule(config, balance, groups, dtype, placed(f"mtp{index}")) for index in range(num_mtp)
+        )
         if seed is not None:
             init_weights(self, config.init_std, seed)
 

@@ -24,7 +24,7 @@ from moe.telemetry.report import summary, write_report
 from moe.telemetry.sinks import replace_file
 from moe.train import state
 from moe.train.environment import environment
-from moe.train.evaluate import evaluate, perplexity
+from moe.train.evaluate import evaluate, perplexity, rounds
 from moe.train.record import Recorder
 from moe.train.sample import sample
 from moe.train.step import StepResult, make_trainer, open_loader, read_batches
@@ -144,13 +144,12 @@ class _Run:
         config = self.config
         if not self.validation.sequences_per_epoch:
             return
+        batch_size = config.train.batch_size // self.groups.layout.dp // config.layout.microbatches
         losses = evaluate(
             self.trainer.engine,
-            self.validation,
+            rounds(self.validation, self.groups, config.train.eval_sequences, batch_size),
             self.corpus.domains,
-            num_sequences=config.train.eval_sequences,
-            batch_size=config.train.batch_size // self.groups.layout.dp // config.layout.microbatches,
-            mask_documents=config.data.mask_documents,
+            mask_documents=config.data.separate_documents,
         )
         if self.recorder and shown:
             self.recorder.evaluation(self.position.step, losses)

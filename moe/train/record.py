@@ -68,6 +68,7 @@ class Recorder:
             "entropy": entropy(counts),
             "dead": dead(counts),
             "dropped": sum(counts) - int(layer.rows.sum()),
+            "gate": [total * model.top_k / max(1, sum(counts)) for total in layer.gates.tolist()],
             "bias": layer.bias.tolist(),
             "rank_rows": layer.rows.view(ranks, ranks, -1).sum(-1).tolist(),
             "row_bytes": model.hidden_size * (2 if self._config.train.precision == "bf16" else 4),

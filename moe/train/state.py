@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from moe.model.transformer import Transformer
 from moe.train.step import Trainer
 from parallel.checkpoint import Checkpoint
-from parallel.shards import Piece
+from parallel.shards import Piece, pieces
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def owned(trainer: Trainer) -> list[Piece]:
     groups = trainer.groups
     found = list(trainer.engine.owned())
     if groups.rank % groups.layout.stage_size == 0 and groups.is_first_copy:
-        found += _router_state(trainer)
+        found += _router_state(trainer.model)
     if groups.rank == 0:
         found.append(_whole("random/torch", torch.get_rng_state()))
     return found
@@ -36,7 +37,7 @@ def owned(trainer: Trainer) -> list[Piece]:
 
 def load(trainer: Trainer, saved: Checkpoint) -> Position:
     """Put everything back, under whatever layout this trainer has. UserError where it does not fit."""
-    for piece in (*trainer.engine.owned(), *_router_state(trainer)):
+    for piece in (*trainer.engine.owned(), *_router_state(trainer.model)):
         saved.read_into(piece)
     torch.set_rng_state(saved.read("random/torch"))
     position = Position(**saved.state)
@@ -44,8 +45,18 @@ def load(trainer: Trainer, saved: Checkpoint) -> Position:
     return position
 
 
-def _router_state(trainer: Trainer) -> Iterator[Piece]:
-    for layer, router in trainer.model.routers():
+def load_weights(model: Transformer, saved: Checkpoint) -> None:
+    """Fill a model alone. What it does not train may be missing, and stays as it is then."""
+    for name, parameter in model.named_parameters():
+        for piece in pieces(f"model/{name}", parameter, parameter.detach().view(-1)):
+            if parameter.requires_grad or piece.name in saved.names:
+                saved.read_into(piece)
+    for piece in _router_state(model):
+        saved.read_into(piece)
+
+
+def _router_state(model: Transformer) -> Iterator[Piece]:
+    for layer, router in model.routers():
         yield _whole(f"router/{layer}.bias", router.bias)
         yield _whole(f"router/{layer}.last_counts", router.last_counts)
 

@@ -19,12 +19,14 @@ from moe.model.balance import bias_rate
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.stages import split
 from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers, positions_of
+from moe.train import tuning
 from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
 from moe.train.optim import DTYPES, learning_rate
 from moe.train.runner import make_schedule
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
+from parallel.layout import length_multiple
 
 CPU = torch.device("cpu")
 ENGINES: dict[str, type[Switchyard] | type[DeepSpeed]] = {"switchyard": Switchyard, "deepspeed": DeepSpeed}
@@ -36,6 +38,7 @@ class LayerCounts:
 
     counts: Tensor  # [E]: assignments of valid tokens
     rows: Tensor  # [source rank in the expert group, E]: rows sent
+    gates: Tensor  # [E] in fp64: the sum of the weights by which valid tokens chose each expert
     domains: Tensor | None  # [domain, E], where asked for
     bias: Tensor  # [E] in fp32, after the update
 
@@ -116,7 +119,7 @@ class Trainer:
         )
 
     def _documents(self, batch: Batch) -> Tensor | None:
-        return batch.documents if self.config.data.mask_documents else None
+        return batch.documents if self.config.data.separate_documents else None
 
     def _mean_losses(self, outcomes: Sequence[Outcome], labels: list[int]) -> list[float]:
         """Global means: next-token loss, mean MTP loss, auxiliary loss summed over layers."""
@@ -140,6 +143,7 @@ class Trainer:
         """Sum every layer's counts, move the biases by them, and gather what all ranks are to know."""
         names = expert_layers(self.config.model)
         table = all_reduce(self._count_load(names, outcomes, batches), self.groups.world)
+        gates = all_reduce(_sum_gates(names, outcomes, table[:, 0]), self.groups.world)
         rate = bias_rate(self.config.balance, step, self.config.train.steps)
         biases = torch.zeros(len(names), self.config.model.num_experts, device=table.device)
         for name, router in self.model.routers():
@@ -153,6 +157,7 @@ class Trainer:
             name: LayerCounts(
                 counts=table[index, 0],
                 rows=table[index, 1 : 1 + sources],
+                gates=gates[index],
                 domains=table[index, 1 + sources :] if batches else None,
                 bias=biases[index],
             )
@@ -180,13 +185,25 @@ class Trainer:
         return table
 
 
+def _sum_gates(names: list[str], outcomes: Sequence[Outcome], like: Tensor) -> Tensor:
+    """This rank's sums of gate weights, [L, E] in fp64."""
+    sums = torch.zeros_like(like, dtype=torch.float64)
+    for outcome in outcomes:
+        for name, load in outcome.loads.items():
+            sums[names.index(name)] += load.gates_E
+    return sums
+
+
 def make_model(config: RunConfig, groups: Groups) -> Transformer:
-    """This rank's stages with fresh weights, the same under every layout."""
+    """This rank's stages with fresh weights, the same under every layout; what is not trained is frozen."""
     schedule = make_schedule(config.layout, config.layout.microbatches)
     stages = split(config.model, schedule.num_stages, config.data.sequence_length)
     parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
     dtype = DTYPES[config.train.precision]
-    return Transformer(config.model, config.balance, groups, dtype, config.train.seed, parts)
+    placements = tuning.placements(config, groups.layout.ep)
+    model = Transformer(config.model, config.balance, groups, dtype, config.train.seed, parts, placements)
+    tuning.prepare(model, config)
+    return model
 
 
 def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
@@ -200,7 +217,10 @@ def open_loader(shards: TokenShards, config: RunConfig) -> Loader:
         shards,
         sequence_length=config.data.sequence_length,
         seed=config.train.seed,
-        mask_documents=config.data.mask_documents,
+        mask_documents=config.data.separate_documents,
+        packing=config.data.packing,
+        batch_size=config.train.batch_size,
+        length_multiple=length_multiple(config.layout.cp, config.layout.tp),
     )
 
 

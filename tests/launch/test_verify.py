@@ -14,7 +14,7 @@ import pytest
 from launch import compose, verify
 from launch.cases import Case, Plan
 from launch.prove import Table
-from moe.config import LayoutConfig, RunConfig
+from moe.config import DataConfig, LayoutConfig, RunConfig
 from moe.rules import build
 from moe.train.proof import Difference
 from parallel.errors import UserError
@@ -173,6 +173,8 @@ def test_proofs_are_in_fp32() -> None:
     given = compose.build(RunConfig, {"train": {"precision": "bf16"}})
     given = replace(given, optim=replace(given.optim, grad_reduce="bf16", moments="bf16"))
     assert verify.in_fp32(given) == RunConfig()
+    bucket, whole = (RunConfig(data=DataConfig(packing=packing)) for packing in ("bucket", "whole"))
+    assert verify.in_fp32(bucket) == whole
 
 
 def test_a_plan_survives_its_file(place: Path) -> None:

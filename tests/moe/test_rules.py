@@ -219,6 +219,25 @@ def test_known_keys_reach_into_groups() -> None:
             {"data.validation_fraction": 1.5},
             "`data.validation_fraction` must lie between 0 and 1 (exclusive), but is 1.5: ",
         ),
+        (
+            {"data.format": "chat", "data.paths": ["chats.jsonl"]},
+            "`data.packing` must be whole or bucket with `data.format=chat`, but is stream: set "
+            "`data.packing=whole`",
+        ),
+        (
+            {"data.packing": "bucket"},
+            "`data.packing` must be stream with `data.format=text`, but is bucket: set `data.packing=stream`",
+        ),
+        (
+            {"data.format": "chat", "data.packing": "whole"},
+            "`data.paths` must name sources of `data.format=chat`, but 'python-stdlib' is none: use "
+            "'python-stdlib-docstrings' or files of your own",
+        ),
+        (
+            {"data.paths": ["python-stdlib-docstrings"]},
+            "`data.paths` must name sources of `data.format=text`, but 'python-stdlib-docstrings' is none: ",
+        ),
+        ({"data.max_bad": 1.5}, "`data.max_bad` must lie between 0 and 1, but is 1.5: "),
         ({"train.keep_checkpoints": 0}, "`train.keep_checkpoints` must be greater than 0, but is 0: "),
         *(
             ({key: 0}, f"`{key}` must be greater than 0, but is 0")
@@ -328,6 +347,21 @@ def test_ranges_of_lesser_fields(key: str, value: Any) -> None:
 )
 def test_open_ends_and_the_rotation(key: str, value: Any) -> None:
     assert sentence({key: value}).startswith(f"`{key}` must ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "`tune.selection` must name a file"),
+        ({"tune.selection": "law.json"}, "`balance.bias` must be frozen or none"),
+        (
+            {"tune.selection": "law.json", "balance.bias": "none", "optim.engine": "deepspeed"},
+            "`optim.engine` must be switchyard",
+        ),
+    ],
+)
+def test_training_some_experts_leaves_the_rest_alone(settings: dict[str, Any], said: str) -> None:
+    assert sentence({"tune.method": "esft", **settings}).startswith(said)
 
 
 def test_every_schedule_that_can_be_set_is_known() -> None:

@@ -106,7 +106,8 @@ def build(
         parameters[name] = nn.Parameter(weight.to(torch.float32 if name == "wide.gain" else dtype))
         here = place(name, rank, world_size)
         if name == EXPERTS:
-            mark_experts(parameters[name], here.part * spec.shape[0] // here.parts)
+            each = spec.shape[0] // here.parts
+            mark_experts(parameters[name], tuple(range(here.part * each, (here.part + 1) * each)))
         else:
             mark_cut(parameters[name], Cut(dim=spec.dim, index=here.part, count=here.parts))
         if spec[1:3] not in groups:
@@ -173,7 +174,7 @@ def canonical(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         parameter = nn.Parameter(tensor)
         if name == EXPERTS:
-            mark_experts(parameter, 0)
+            mark_experts(parameter, tuple(range(len(parameter))))
         for piece in pieces(f"{kind}/{name}", parameter, tensor.reshape(-1)):
             result[piece.name] = piece.tensor
     return result

@@ -51,7 +51,7 @@ def parameters(layout: str, rank: int) -> Iterator[tuple[str, nn.Parameter]]:
         dtype = torch.bfloat16 if name.startswith("deep") else torch.float32
         parameter = nn.Parameter(torch.zeros(*stack, *shape, dtype=dtype))
         if stack:
-            mark_experts(parameter, 0)
+            mark_experts(parameter, tuple(range(NUM_EXPERTS)))
         mark_cut(parameter, cut)
         yield ("experts." + name if stack else name), parameter
 

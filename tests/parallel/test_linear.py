@@ -43,7 +43,7 @@ def test_linear_is_the_plain_product() -> None:
 
 @pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0, 0), (0, 0, 0, 5)])
 def test_grouped_product_is_the_loop_over_experts(counts: tuple[int, ...]) -> None:
-    layer, rows = filled(GroupedLinear(4, 0, 6, 3)), torch.randn(sum(counts), 6, requires_grad=True)
+    layer, rows = filled(GroupedLinear(range(4), 6, 3)), torch.randn(sum(counts), 6, requires_grad=True)
     upstream = torch.randn(sum(counts), 3)
     result, expected = layer(rows, counts), loop(rows, counts, layer.weight)
     torch.testing.assert_close(result, expected)
@@ -57,7 +57,7 @@ def test_grouped_product_is_the_loop_over_experts(counts: tuple[int, ...]) -> No
 @pytest.mark.parametrize("grouped", [False, True])
 def test_main_grad_equals_grad_and_adds_up(grouped: bool) -> None:
     def layer() -> torch.nn.Module:
-        return filled(GroupedLinear(4, 0, 6, 3) if grouped else Linear(6, 3))
+        return filled(GroupedLinear(range(4), 6, 3) if grouped else Linear(6, 3))
 
     plain, buffered = layer(), layer()
     buffers(buffered, single())
@@ -74,7 +74,7 @@ def test_main_grad_equals_grad_and_adds_up(grouped: bool) -> None:
 def test_bf16_weights_accumulate_in_fp32(grouped: bool) -> None:
     """One part in 512 is lost in every bf16 sum after the first; fp32 keeps them all."""
     layer = (
-        GroupedLinear(1, 0, 1, 1, torch.bfloat16) if grouped else Linear(1, 1, torch.bfloat16)
+        GroupedLinear((0,), 1, 1, torch.bfloat16) if grouped else Linear(1, 1, torch.bfloat16)
     ).requires_grad_()
     buffers(layer, single())
     for size in (1.0, *[2.0**-9] * 64):
@@ -93,7 +93,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
     layer.weight.requires_grad_(False)
     layer(rows).sum().backward()
     assert rows.grad is not None and not layer.weight.main_grad.any()
-    grouped = filled(GroupedLinear(4, 0, 4, 3))
+    grouped = filled(GroupedLinear(range(4), 4, 3))
     buffers(grouped, single())
     grouped.weight.requires_grad_(False)
     grouped(rows, COUNTS).sum().backward()
@@ -113,7 +113,9 @@ def whole_and_part(grouped: bool, cut: Cut) -> tuple[torch.nn.Module, torch.nn.M
     """A layer, and the part of it that one of `cut.count` ranks holds."""
 
     def layer(cut: Cut) -> torch.nn.Module:
-        made = GroupedLinear(4, 0, INPUTS, OUTPUTS, cut=cut) if grouped else Linear(INPUTS, OUTPUTS, cut=cut)
+        made = (
+            GroupedLinear(range(4), INPUTS, OUTPUTS, cut=cut) if grouped else Linear(INPUTS, OUTPUTS, cut=cut)
+        )
         return torch.nn.ModuleDict({"experts": filled(made)})
 
     whole, part = layer(Cut(dim=0, index=0, count=1)), layer(cut)
@@ -175,7 +177,7 @@ def test_a_group_cuts_by_rank_and_none_does_not_cut() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_deferred_gradient_is_the_same(grouped: bool) -> None:
-    at_once, later = (filled(GroupedLinear(4, 0, 6, 3) if grouped else Linear(6, 3)) for _ in range(2))
+    at_once, later = (filled(GroupedLinear(range(4), 6, 3) if grouped else Linear(6, 3)) for _ in range(2))
     queue: Queue = deque()
     rows, upstream = torch.randn(1, 5, 6, requires_grad=True), torch.randn(1, 5, 3)
     for layer in (at_once, later):
@@ -188,3 +190,25 @@ def test_a_deferred_gradient_is_the_same(grouped: bool) -> None:
     assert not later.weight.main_grad.any() and len(queue) == 1
     queue.popleft()()
     assert at_once.weight.main_grad.any() and torch.equal(later.weight.main_grad, at_once.weight.main_grad)
+
+
+@pytest.mark.parametrize("num_chosen", [1, 3, 4])
+@pytest.mark.parametrize("counts", [COUNTS, (0, 2, 0, 3)])
+def test_two_stacks_are_one_product(num_chosen: int, counts: tuple[int, ...]) -> None:
+    """Outputs and gradients are those of all experts in one stack; a frozen stack gets none."""
+    whole, parted = (filled(GroupedLinear((5, 2, 7, 0), 6, 3, num_chosen=n)) for n in (0, num_chosen))
+    rest = 4 - num_chosen
+    with torch.no_grad():
+        parted.weight.copy_(whole.weight[:rest])
+        parted.chosen.copy_(whole.weight[rest:])
+    parted.weight.requires_grad_(False)
+    rows, upstream = torch.randn(5, 6, requires_grad=True), torch.randn(5, 3)
+    expected, result = whole(rows, counts), parted(rows, counts)
+    assert torch.equal(result, expected)
+    ours = torch.autograd.grad(result, (rows, parted.chosen), upstream)
+    plain = torch.autograd.grad(expected, (rows, whole.weight), upstream)
+    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1][rest:])
+    names = [piece.name for piece in parameter_pieces(torch.nn.ModuleDict({"experts": parted}))]
+    assert names == [f"experts.{expert}.weight" for expert in (5, 2, 7, 0)]
+    with pytest.raises(AssertionError, match="5 counts for 4 experts"):
+        parted(rows, (*counts, 0))

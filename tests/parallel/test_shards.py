@@ -20,7 +20,7 @@ from tests.reduced import canonical, canonical_parameters
 class Experts(nn.Module):
     def __init__(self, num_local: int, first: int) -> None:
         super().__init__()
-        self.down = GroupedLinear(num_local, first, 3, 2)
+        self.down = GroupedLinear(range(first, first + num_local), 3, 2)
 
 
 class Layer(nn.Module):
@@ -82,8 +82,8 @@ class Cutting(nn.Module):
         halves, inputs = Cut(0, index, count, sections=2), Cut(1, index, count)
         self.up, self.down = Linear(3, 8, cut=halves), Linear(4, 3, cut=inputs)
         self.experts = nn.Module()
-        self.experts.up = GroupedLinear(2, 6, 3, 8, cut=halves)
-        self.experts.down = GroupedLinear(2, 6, 4, 3, cut=inputs)
+        self.experts.up = GroupedLinear((6, 7), 3, 8, cut=halves)
+        self.experts.down = GroupedLinear((6, 7), 4, 3, cut=inputs)
 
 
 SHAPES = {"up.weight": (8, 3), "down.weight": (3, 4)}

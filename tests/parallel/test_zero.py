@@ -181,7 +181,7 @@ class Model(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dense = Linear(3, 2, dtype)
-        self.experts = GroupedLinear(4, 0, 2, 2, dtype)
+        self.experts = GroupedLinear(range(4), 2, 2, dtype)
         self.gain = nn.Parameter(torch.ones(2, dtype=dtype))
         for parameter in (self.dense.weight, self.experts.weight):
             nn.init.constant_(parameter, 0.5)
@@ -282,7 +282,7 @@ def test_parameters_become_aligned_views_and_stay_themselves() -> None:
     for name, parameter in model.named_parameters():
         assert parameter is before[name] and torch.equal(parameter, values[name])
         assert parameter.storage_offset() % 64 == 0
-    assert model.experts.weight.first_expert == 0
+    assert model.experts.weight.experts == (0, 1, 2, 3)
 
 
 def test_buckets_are_cut_at_the_limit_and_by_dtype() -> None:

@@ -205,6 +205,7 @@ def assert_same_sums(loads: list[LayerLoad], whole: LayerLoad) -> None:
     """Counts, rows and the auxiliary loss of ranks that share a microbatch add up to the whole's."""
     for name in ("counts_E", "rows_E"):
         assert torch.equal(sum(getattr(load, name) for load in loads), getattr(whole, name)), name
+    torch.testing.assert_close(sum(load.gates_E for load in loads), whole.gates_E)
     auxiliary = sum(load.auxiliary_loss.item() for load in loads)
     assert auxiliary == pytest.approx(whole.auxiliary_loss.item(), rel=1e-6)
 

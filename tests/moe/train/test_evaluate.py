@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
-from moe.train.evaluate import evaluate
+from moe.train.evaluate import evaluate, rounds
 from moe.train.sample import sample
 from moe.train.step import Trainer
 from tests.moe.train.test_step import steps
@@ -25,14 +25,8 @@ def evaluated(trainer: Trainer) -> dict[str, float]:
     corpus = prepare(config.data, config.model.vocab_size)
     loader = Loader(corpus.validation, sequence_length=32, seed=1, mask_documents=False)
     assert loader.sequences_per_epoch > NUM_SEQUENCES
-    found = evaluate(
-        trainer.engine,
-        [loader],
-        corpus.domains,
-        num_sequences=NUM_SEQUENCES,
-        batch_size=2,
-        mask_documents=False,
-    )
+    batches = rounds(loader, trainer.groups, NUM_SEQUENCES, batch_size=2)
+    found = evaluate(trainer.engine, batches, corpus.domains, mask_documents=False)
     for _, router in trainer.model.routers():
         assert not router.last_counts.any() and not router.bias.any()
     return found

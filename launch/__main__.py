@@ -132,6 +132,17 @@ COMMANDS = {
         ),
         example="switchyard schedule dualpipe --ranks 8 --microbatches 20 --cost f=1,b=2,w=1,a2a=0.6",
     ),
+    "convert to-peft": Command(
+        target="launch.adapter:main",
+        usage="convert to-peft RUN DIR [--base NAME]",
+        does="write the adapters of a LoRA run as a PEFT folder",
+        details=(
+            "Reads the newest checkpoint of the run in the folder RUN, and writes DIR, which must be new,\n"
+            "with adapter_config.json and adapter_model.safetensors under the released modules' names.\n\n"
+            "--base NAME  the model that the adapters belong to: a folder, or a name on the hub"
+        ),
+        example="switchyard convert to-peft runs/lora adapter --base deepseek-ai/DeepSeek-V2-Lite",
+    ),
     "bench balance": Command(
         target="launch.bench.balance:main",
         usage="bench balance [--steps N] [--json FILE]",

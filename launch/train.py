@@ -16,9 +16,9 @@ from pathlib import Path
 
 from launch import compose
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
-from moe.config import RunConfig
+from moe.config import RunConfig, TuneConfig
 from moe.data.corpus import prepare
-from moe.rules import validate
+from moe.rules import tuning_notes, validate
 from moe.telemetry.sinks import replace_file
 from parallel.errors import UserError
 from parallel.layout import Layout
@@ -98,11 +98,18 @@ def _saved_recipe(folder: Path, wanted: str | None) -> str:
 
 
 def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
-    """A run's weights have one shape and precision from its first step on."""
-    before, now = asdict(saved.model), asdict(wanted.model)
-    changed = [(f"model.{key}", before[key], now[key]) for key in before if before[key] != now[key]]
+    """A run's weights have one shape and precision from its first step on, and the same are trained."""
+    before, now = asdict(saved), asdict(wanted)
+    changed = [
+        (f"{group}.{key}", was, now[group][key])
+        for group in ("model", "tune")
+        for key, was in before[group].items()
+        if was != now[group][key]
+    ]
     if saved.train.precision != wanted.train.precision:
         changed.append(("train.precision", saved.train.precision, wanted.train.precision))
+    if saved.tune != TuneConfig() and saved.train.seed != wanted.train.seed:  # what is frozen begins with it
+        changed.append(("train.seed", saved.train.seed, wanted.train.seed))
     for field, was, is_now in changed:
         raise UserError(
             f"`{field}` of run `{run}` must stay {was}, but is {is_now}: leave it out to resume, or choose "
@@ -122,8 +129,8 @@ def describe(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What a layout does that its user may not want."""
-    return list(plan.layout.across_nodes(plan.config.cluster.gpus_per_node))
+    """What a layout or a setting does that its user may not want."""
+    return [*plan.layout.across_nodes(plan.config.cluster.gpus_per_node), *tuning_notes(plan.config)]
 
 
 def _start_here(arguments: Sequence[str]) -> int:

@@ -206,7 +206,13 @@ class TuneConfig:
     lora_rank: int = 16
     lora_alpha: float = 32.0  # an adapter's output counts alpha / rank
     lora_targets: tuple[Component, ...] = ("attention", "dense", "shared", "experts")
+    adapter: str | None = None  # LoRA: a folder in PEFT's format whose adapters training begins with
     selection: str | None = None  # ESFT: the file that names the chosen experts of each layer
+
+    @property
+    def lora_scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.lora_alpha / self.lora_rank
 
 
 @dataclass(frozen=True, kw_only=True)

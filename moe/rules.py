@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from moe.components import ADAPTABLE, components
 from moe.config import DataConfig, ModelConfig, RunConfig
 from moe.data.sources import DOCSTRINGS, STANDARD_LIBRARY
 from parallel.errors import UserError
@@ -87,7 +88,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     _validate_cuts(config, layout)
     _validate_schedule(config, layout)
     _validate_engine(config, layout)
-    _validate_selection(config)
+    _validate_tuning(config)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
         near = sorted({max(parts, batch // parts * parts), (batch // parts + 1) * parts})
@@ -195,6 +196,8 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
         ("deepspeed", "optim.moments", optim.moments, "fp32"),
         ("deepspeed", "optim.fused", optim.fused, "torch"),
         ("deepspeed", "optim.clip", optim.clip, "model"),
+        ("deepspeed", "tune.method", config.tune.method, "full"),
+        ("deepspeed", "tune.frozen", _listed(config.tune.frozen), "[]"),
     )
     for engine, field, value, only in rules:
         if optim.engine == engine and value != only:
@@ -205,24 +208,68 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
             )
 
 
-def _validate_selection(config: RunConfig) -> None:
-    """What training some experts asks of the rest."""
-    if config.tune.method != "esft":
-        return
-    if config.tune.selection is None:
+def _validate_tuning(config: RunConfig) -> None:
+    """What is trained must exist, and what is frozen must not drift."""
+    tune, present = config.tune, components(config.model)
+    targets = tune.lora_targets
+    if tune.method == "lora":
+        if wrong := [name for name in targets if name not in ADAPTABLE]:
+            raise UserError(
+                f"`tune.lora_targets` may name {', '.join(ADAPTABLE)}, but names {wrong[0]}: leave it out"
+            )
+        if not present.intersection(targets):
+            raise UserError(
+                "`tune.lora_targets` must name a component that the model has, but is "
+                f"{_listed(targets)}: name some of {', '.join(c for c in ADAPTABLE if c in present)}"
+            )
+    if tune.method == "esft" and tune.selection is None:
         raise UserError(
             "`tune.selection` must name a file of chosen experts with `tune.method=esft`, but is null: make "
             "one with `switchyard select-experts`"
         )
-    for field, value, wanted in (
-        ("balance.bias", config.balance.bias, ("frozen", "none")),
-        ("optim.engine", config.optim.engine, ("switchyard",)),
-    ):
-        if value not in wanted:
-            raise UserError(
-                f"`{field}` must be {' or '.join(wanted)} with `tune.method=esft`, but is {value}: set "
-                f"`{field}={wanted[0]}`"
+    if tune.frozen and tune.method != "full":
+        raise UserError(
+            f"`tune.frozen` must be [] with `tune.method={tune.method}`, which freezes by itself, but is "
+            f"{_listed(tune.frozen)}: set `tune.frozen=[]` or `tune.method=full`"
+        )
+    if not present.difference(tune.frozen):
+        raise UserError(
+            f"`tune.frozen` must leave something to train, but is {_listed(tune.frozen)}: leave one out"
+        )
+    if config.model.tie_embeddings and "head" in (*tune.frozen, *(targets if tune.method == "lora" else ())):
+        raise UserError(
+            "`tune.frozen` and `tune.lora_targets` may name head only where it is a weight of its own, but "
+            "`model.tie_embeddings` is true: leave head out"
+        )
+    if tune.adapter is not None and tune.method != "lora":
+        raise UserError(
+            f"`tune.adapter` must be null with `tune.method={tune.method}`, but is {tune.adapter}: "
+            "set `tune.method=lora`"
+        )
+    if routers_are_frozen(config) and config.balance.bias == "update":
+        raise UserError(
+            "`balance.bias` must be frozen or none where routers are frozen, or their choices would drift, "
+            "but is update: set `balance.bias=frozen`"
+        )
+
+
+def routers_are_frozen(config: RunConfig) -> bool:
+    """Whether no router is trained."""
+    return config.tune.method != "full" or "router" in config.tune.frozen
+
+
+def tuning_notes(config: RunConfig) -> Iterator[str]:
+    """A sentence for each setting that is allowed, but may not do what its user wants of what is trained."""
+    for field in ("sequence_aux", "microbatch_aux", "global_aux"):
+        if routers_are_frozen(config) and getattr(config.balance, field):
+            yield (
+                f"`balance.{field}` cannot move routers that are frozen, only the hidden states before them: "
+                f"set `balance.{field}=0` unless that is what you want"
             )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"[{','.join(names)}]"
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -317,7 +364,7 @@ _POSITIVE = (
     *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
     *("layout.microbatches", "layout.stages_per_rank", "cluster.gpus_per_node"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
-    *("telemetry.window", "telemetry.log_every", "launch.threads"),
+    *("telemetry.window", "telemetry.log_every", "launch.threads", "tune.lora_rank", "tune.lora_alpha"),
 )
 _NOT_NEGATIVE = (
     *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),

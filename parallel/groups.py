@@ -21,11 +21,15 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """The ranks that hold copies of what is cut over tp, of what is whole on a stage, and of experts."""
+    """The ranks that hold copies of what is cut over tp, of what is whole on a stage, and of experts.
+
+    `experts` of what is cut over etp, `experts_whole` of what is whole in an expert that is cut.
+    """
 
     cut: Group = None
     whole: Group = None
     experts: Group = None
+    experts_whole: Group = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,10 @@ class Groups(ModelGroups):
     """A rank's process groups; None where a group would hold this rank alone.
 
     Beside those that layers compute with: on a stage `dp_cp` holds the copies of what is cut over tp,
-    `tp_dp_cp` (the stage) those of what is whole, `expert_dp` those of experts; `embedding` the copies on
-    the first and last stage of what is cut over tp; `pp` the stages; `world` every rank. Where the
-    pipeline runs both ways, `mirror` holds this rank and the one that holds the same stages, and
-    `both_ways` the copies on both.
+    `tp_dp_cp` (the stage) those of what is whole, `expert_dp` those of experts cut over etp and
+    `etp_expert_dp` those of what is whole in them; `embedding` the copies on the first and last stage of
+    what is cut over tp; `pp` the stages; `world` every rank. Where the pipeline runs both ways, `mirror`
+    holds this rank and the one that holds the same stages, and `both_ways` the copies on both.
     """
 
     layout: Layout
@@ -46,6 +50,7 @@ class Groups(ModelGroups):
     dp_cp: Group = None
     tp_dp_cp: Group = None
     expert_dp: Group = None
+    etp_expert_dp: Group = None
     embedding: Group = None
     mirror: Group = None
     both_ways: Copies | None = None
@@ -54,7 +59,12 @@ class Groups(ModelGroups):
     @property
     def copies(self) -> Copies:
         """Whose gradients are added up."""
-        return self.both_ways or Copies(cut=self.dp_cp, whole=self.tp_dp_cp, experts=self.expert_dp)
+        return self.both_ways or Copies(
+            cut=self.dp_cp,
+            whole=self.tp_dp_cp,
+            experts=self.expert_dp,
+            experts_whole=self.etp_expert_dp,
+        )
 
     @property
     def is_first_copy(self) -> bool:
@@ -83,7 +93,13 @@ _ATTENTION_GROUPS = {
     "tp_dp_cp": ["tp", "cp", "dp"],
     "world": ["tp", "cp", "dp", "pp"],
 }
-_EXPERT_GROUPS = {"etp": ["etp"], "ep": ["ep"], "ep_etp": ["etp", "ep"], "expert_dp": ["expert_dp"]}
+_EXPERT_GROUPS = {
+    "etp": ["etp"],
+    "ep": ["ep"],
+    "ep_etp": ["etp", "ep"],
+    "expert_dp": ["expert_dp"],
+    "etp_expert_dp": ["etp", "expert_dp"],
+}
 
 
 def build_groups(layout: Layout) -> Groups:
@@ -114,7 +130,13 @@ def _with_mirrors(groups: Groups) -> Groups:
         kept = [axis for axis in grid if axis not in (*axes, "pp")]
         return create_group(layout, lambda at: (_depth(layout, at), *(at[axis] for axis in kept)))
 
-    copies = Copies(cut=both("cp", "dp"), whole=both("tp", "cp", "dp"), experts=both("expert_dp"))
+    experts = both("expert_dp")
+    copies = Copies(
+        cut=both("cp", "dp"),
+        whole=both("tp", "cp", "dp"),
+        experts=experts,
+        experts_whole=both("etp", "expert_dp") if layout.etp > 1 else experts,
+    )
     return replace(groups, mirror=both(), both_ways=copies)
 
 

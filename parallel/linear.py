@@ -4,7 +4,8 @@ A weight that carries `main_grad` (an fp32 buffer, see zero.py) has its gradient
 into it; a weight without one gets an ordinary `.grad`, so that a layer works alone in a notebook.
 The first kind need not be made at once: the backward of a product recorded inside `deferring(queue)`
 only queues it, for whoever walks the tape to make when there is nothing better to do.
-A layer may hold a part of its weight; moving what the parts need is said where the layer is used.
+A frozen weight gets none, and nothing is kept for it. A layer may hold a part of its weight; moving what
+the parts need is said where the layer is used. It may carry an adapter (lora.py), which adds to its outputs.
 Legend: N rows, I inputs, O outputs, e experts of this rank.
 """
 
@@ -64,16 +65,18 @@ def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: T
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rows)
         ctx.weight, ctx.queue = weight, queue_here()
         return F.linear(rows, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (rows,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
+        weight, grad = ctx.weight, grads[0]
         grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_rows, None
+        (rows,) = ctx.saved_tensors
         if not hasattr(weight, "main_grad"):
             return grad_rows, grad.flatten(0, -2).t() @ rows.flatten(0, -2)
         now_or_later(ctx.queue, partial(add_weight_gradient, weight, None, grad, rows))
@@ -165,12 +168,15 @@ class Linear(nn.Module):
         self, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32, cut: Cut = WHOLE
     ) -> None:
         super().__init__()
+        self.num_inputs, self.num_outputs, self.cut = num_inputs, num_outputs, cut  # of the whole weight
         self.weight = nn.Parameter(torch.empty(_part_shape(num_outputs, num_inputs, cut), dtype=dtype))
         mark_cut(self.weight, cut)
+        self.lora: nn.Module | None = None
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        return linear(rows, self.weight)
+        out = linear(rows, self.weight)
+        return out if self.lora is None else out + self.lora(rows)
 
 
 class GroupedLinear(nn.Module):
@@ -193,12 +199,14 @@ class GroupedLinear(nn.Module):
         num_chosen: int = 0,
     ) -> None:
         super().__init__()
-        self.experts, self.cut = tuple(experts), cut
+        self.num_inputs, self.num_outputs, self.cut = num_inputs, num_outputs, cut  # of whole experts
+        self.experts = tuple(experts)
         shape, rest = _part_shape(num_outputs, num_inputs, cut), len(experts) - num_chosen
         self.weight = nn.Parameter(torch.empty(rest, *shape, dtype=dtype))
         chosen = nn.Parameter(torch.empty(num_chosen, *shape, dtype=dtype)) if num_chosen else None
         self.register_parameter("chosen", chosen)
         self._mark()
+        self.lora: nn.Module | None = None
 
     def _mark(self) -> None:
         rest = len(self.weight)
@@ -216,4 +224,5 @@ class GroupedLinear(nn.Module):
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""
         stacks = (self.weight,) if self.chosen is None else (self.weight, self.chosen)
-        return _GroupedProduct.apply(rows, counts, *stacks)
+        out: Tensor = _GroupedProduct.apply(rows, counts, *stacks)
+        return out if self.lora is None else out + self.lora(rows, counts)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import LayoutConfig, RunConfig
+from moe.config import LayoutConfig, RunConfig, TuneConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Batch, Loader
 from moe.rules import validate
@@ -177,6 +177,21 @@ def test_auxiliary_losses_weigh_the_same(config: RunConfig, layout: LayoutConfig
     for facts in ranks:
         for found, expected in zip(facts.results, alone.results, strict=True):
             assert found.auxiliary_loss == pytest.approx(expected.auxiliary_loss, rel=1e-5)
+    assert_same_gradients(alone, ranks)
+
+
+@pytest.mark.parametrize(
+    "layout", [LayoutConfig(tp=2, etp=2, microbatches=4), RING], ids=["tp2·etp2", "ring"]
+)
+def test_adapters_of_cut_experts_are_summed_over_their_parts(config: RunConfig, layout: LayoutConfig) -> None:
+    """Class 2.3: expert LoRA is wrong at ETP > 1 (Megatron-Bridge #5634): of a pair one is whole there."""
+    balance, tune = replace(config.balance, bias="frozen"), TuneConfig(method="lora", lora_rank=4)
+    alone, ranks = both(replace(config, balance=balance, tune=tune), layout)
+    assert all(".lora." in name for name, _, _ in alone.gradients)
+    for facts in ranks:
+        assert [r.loss for r in facts.results] == pytest.approx([r.loss for r in alone.results], rel=1e-5)
+        norms = [result.grad_norm for result in facts.results]
+        assert norms == pytest.approx([result.grad_norm for result in alone.results], rel=1e-5)
     assert_same_gradients(alone, ranks)
 
 

@@ -15,9 +15,17 @@ def is_bias(name: str) -> bool:
     return name.endswith(".router.bias")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a canonical name is of a low-rank adapter (parallel/lora.py)."""
+    return name.endswith(("lora.down.weight", "lora.up.weight"))
+
+
 def model_pieces(model: Transformer) -> Iterator[Piece]:
-    """All that a model file holds as far as it lives on this rank, as views that can be written."""
-    yield from parameter_pieces(model)
+    """All that a model file holds as far as it lives on this rank, as views that can be written.
+
+    Adapters are not among it: they have a file of their own (adapter.py).
+    """
+    yield from (piece for piece in parameter_pieces(model) if not is_adapter(piece.name))
     for name, buffer in model.named_buffers():
         if is_bias(name):
             yield Piece(name, tuple(buffer.shape), (0,), buffer)

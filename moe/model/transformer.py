@@ -26,7 +26,8 @@ from moe.model.rope import rotation
 from moe.model.router import Router
 from moe.model.stages import Part, whole
 from parallel.collectives import ALONE, ModelGroups, gather_sequence, group_rank, group_size
-from parallel.linear import by_outputs, linear
+from parallel.linear import Linear, by_outputs, linear
+from parallel.lora import Lora
 from parallel.pipeline.tape import Direct, Recorder, run
 from parallel.sequence import Positions
 from parallel.shards import mark_cut
@@ -110,6 +111,7 @@ class Transformer(nn.Module):
         self.embedding = VocabEmbedding(config.vocab_size, width, groups.tp, dtype) if embeds else None
         self.norm = RMSNorm(width, config.rms_norm_eps, dtype) if has_last else None
         self.head = self._make_head(dtype) if has_last and not config.tie_embeddings else None
+        self.head_lora: Lora | None = None
         self.mtp = nn.ModuleList(
             MTPModule(config, balance, groups, dtype, placed(f"mtp{index}")) for index in range(num_mtp)
         )
@@ -126,6 +128,15 @@ class Transformer(nn.Module):
         head = nn.Parameter(torch.empty(rows, self.config.hidden_size, dtype=dtype))
         mark_cut(head, by_outputs(self.groups.tp))
         return head
+
+    def attach_to_head(self, rank: int, scale: float) -> None:
+        """Give the head, where this rank holds it, an adapter, uninitialised; the head itself is frozen."""
+        if self.head is None:
+            return
+        self.head.requires_grad_(False)
+        down = Linear(self.config.hidden_size, rank, self.head.dtype)
+        up = Linear(rank, self.config.vocab_size, self.head.dtype, by_outputs(self.groups.tp))
+        self.head_lora = Lora(down, up, scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, S] -> logits [B, S, V]. Only where neither sequence nor vocabulary is cut."""
@@ -242,7 +253,9 @@ class Transformer(nn.Module):
         if weight is None:
             assert self.embedding is not None
             weight = self.embedding.weight
-        return linear(gather_sequence(hidden, self.groups.tp), weight)
+        rows = gather_sequence(hidden, self.groups.tp)
+        logits = linear(rows, weight)
+        return logits if self.head_lora is None else logits + self.head_lora(rows)
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the token losses, in fp32, and the losses [B, S] themselves, detached."""

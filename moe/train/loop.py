@@ -28,6 +28,7 @@ from moe.train.evaluate import evaluate, perplexity, rounds
 from moe.train.record import Recorder
 from moe.train.sample import sample
 from moe.train.step import StepResult, make_trainer, open_loader, read_batches
+from moe.train.tuning import trained_share
 from moe.train.world import world
 from parallel.checkpoint import open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
@@ -101,10 +102,14 @@ class _Run:
 
     def train(self) -> int:
         """Step until the end, a signal, or a loss that is no number."""
-        steps, settings = self.config.train.steps, self.config.train
+        steps, settings, tune = self.config.train.steps, self.config.train, self.config.tune
         shown = (
             Progress(steps, self.position.step, self.config.telemetry.log_every) if self.recorder else None
         )
+        if tune.method != "full" or tune.frozen:
+            share = trained_share(self.trainer.model, self.groups, self.device)
+            if shown:
+                shown.note(share)
         with _stop_signals() as stop:
             while self.position.step < steps:
                 result = self._step()

@@ -2,7 +2,8 @@
 
 Units are those that the model marks on the tape: its embedding, each layer, its head, each MTP module.
 A parameter is either a part of experts, cut over tp, or whole on every rank of its stage; every rank of
-a stage sees tokens of its own, so the gradients of all copies are summed.
+a stage sees tokens of its own, so the gradients of all copies are summed. Of experts that are cut over etp
+an adapter's smaller half is whole on the ranks that hold the parts, and they are its copies too.
 """
 
 from collections.abc import Sequence
@@ -42,9 +43,10 @@ def unit_of(name: str) -> str:
 
 def replicas(parameter: nn.Parameter, groups: Groups) -> Group:
     """The ranks that hold the same values as this one, of a stage or of two."""
+    copies = groups.copies
     if is_expert(parameter):
-        return groups.copies.experts
-    return groups.copies.cut if is_cut(parameter) else groups.copies.whole
+        return copies.experts if is_cut(parameter) else copies.experts_whole
+    return copies.cut if is_cut(parameter) else copies.whole
 
 
 def _holders(name: str, parameter: nn.Parameter, model: Transformer, groups: Groups) -> Group:

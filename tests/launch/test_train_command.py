@@ -78,6 +78,7 @@ def test_a_run_is_one_folder(run: str) -> None:
     [
         ("model.hidden_size=64", "`model.hidden_size` of run `first` must stay 256, but is 64: "),
         ("train.precision=bf16", "`train.precision` of run `first` must stay fp32, but is bf16: "),
+        ("tune.frozen=[head]", r"`tune.frozen` of run `first` must stay \(\), but is \('head',\): "),
     ],
 )
 def test_a_resumed_model_keeps_its_shape(here: Path, override: str, sentence: str) -> None:
@@ -87,6 +88,17 @@ def test_a_resumed_model_keeps_its_shape(here: Path, override: str, sentence: st
     with pytest.raises(UserError, match=f"^{sentence}"):
         begin("run=first", override)
     assert (folder / train.CONFIG).read_text() == before
+
+
+def test_a_run_that_freezes_keeps_the_seed_that_it_began_with() -> None:
+    begin("run=first", "tune.frozen=[head]")
+    with pytest.raises(UserError, match=r"^`train\.seed` of run `first` must stay 1234, but is 9: "):
+        begin("run=first", "train.seed=9")
+
+
+def test_useless_losses_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    begin("tune.method=lora", "balance.bias=frozen", "balance.global_aux=0.1")
+    assert "note: `balance.global_aux` cannot move routers that are frozen" in capsys.readouterr().out
 
 
 def test_incomplete_saved_settings(here: Path) -> None:

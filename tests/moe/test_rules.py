@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 
-from moe.config import LayoutConfig, ModelConfig, RopeConfig, RunConfig, ScheduleName
+from moe.config import Component, LayoutConfig, ModelConfig, RopeConfig, RunConfig, ScheduleName
 from moe.rules import build, known_keys, validate
 from parallel.errors import UserError
 from parallel.layout import Layout
@@ -170,6 +170,43 @@ def test_known_keys_reach_into_groups() -> None:
             {"model.num_dense_layers": 5},
             "`model.num_dense_layers` must not exceed `model.num_layers`, but 5 > 4: use at most 4",
         ),
+        (
+            {"tune.method": "lora"},
+            "`balance.bias` must be frozen or none where routers are frozen, or their choices would drift, "
+            "but is update: set `balance.bias=frozen`",
+        ),
+        ({"tune.frozen": ["router"]}, "`balance.bias` must be frozen or none where routers are frozen"),
+        (
+            {"tune.method": "lora", "tune.lora_targets": ["attention", "router"]},
+            "`tune.lora_targets` may name attention, dense, shared, experts, head, but names router: ",
+        ),
+        (
+            {"tune.method": "lora", "tune.lora_targets": ["dense"], "model.num_dense_layers": 0},
+            "`tune.lora_targets` must name a component that the model has, but is [dense]: name some of "
+            "attention, shared, experts, head",
+        ),
+        ({"tune.method": "lora", "tune.lora_targets": []}, "`tune.lora_targets` must name a component that"),
+        (
+            {"tune.method": "lora", "tune.frozen": ["norm"]},
+            "`tune.frozen` must be [] with `tune.method=lora`, which freezes by itself, but is [norm]: ",
+        ),
+        (
+            {"tune.frozen": [*get_args(Component)], "balance.bias": "none"},
+            "`tune.frozen` must leave something to train, but is [embedding,",
+        ),
+        (
+            {"tune.frozen": ["head"], "model.tie_embeddings": True},
+            "`tune.frozen` and `tune.lora_targets` may name head only where it is a weight of its own, but ",
+        ),
+        (
+            {"tune.adapter": "some/where"},
+            "`tune.adapter` must be null with `tune.method=full`, but is some/where: set `tune.method=lora`",
+        ),
+        (
+            {"tune.frozen": ["norm", "head"], "optim.engine": "deepspeed"},
+            "`tune.frozen` must be [] with `optim.engine=deepspeed`, but is [norm,head]: set ",
+        ),
+        ({"tune.lora_rank": 0}, "`tune.lora_rank` must be greater than 0, but is 0: "),
         (
             {"model.qk_rope_head_dim": 15},
             "`model.qk_rope_head_dim` must be even (rotated pairs), but is 15: use 16",
@@ -356,7 +393,7 @@ def test_open_ends_and_the_rotation(key: str, value: Any) -> None:
         ({"tune.selection": "law.json"}, "`balance.bias` must be frozen or none"),
         (
             {"tune.selection": "law.json", "balance.bias": "none", "optim.engine": "deepspeed"},
-            "`optim.engine` must be switchyard",
+            "`tune.method` must be full with `optim.engine=deepspeed`",
         ),
     ],
 )

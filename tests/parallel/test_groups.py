@@ -22,6 +22,7 @@ SPANS = {  # the axes along which the members of a group differ
     "ep": (EXPERTS, {"ep"}),
     "ep_etp": (EXPERTS, {"ep", "etp"}),
     "expert_dp": (EXPERTS, {"expert_dp"}),
+    "etp_expert_dp": (EXPERTS, {"etp", "expert_dp"}),
 }
 
 
@@ -102,9 +103,12 @@ def test_both_ways_copies_are_on_a_stage_and_its_mirror() -> None:
     for rank, each in enumerate(found):
         stage = [0, 1, 6, 7] if rank in (0, 1, 6, 7) else [2, 3, 4, 5]
         assert each["whole"] == stage
-        assert each["cut"] == each["experts"] == each["mirror"]
+        assert each["cut"] == each["experts"] == each["experts_whole"] == each["mirror"]
     wide = run_ranks(4, copies, Layout(dp=2, pp=2, both_ways=True))
     assert all(each["experts"] == each["cut"] == each["whole"] == [0, 1, 2, 3] for each in wide)
+    narrow = run_ranks(4, copies, Layout(dp=2, pp=2, etp=2, both_ways=True))
+    for each in narrow:
+        assert each["experts"] == each["mirror"] and each["experts_whole"] == [0, 1, 2, 3]
 
 
 def test_one_rank_needs_no_process_group() -> None:

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.config import TuneConfig
+from moe.model.init import init_adapters
 from moe.model.transformer import Transformer
+from moe.train.tuning import attach_adapters
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from parallel.shards import Piece, parameter_pieces
@@ -51,6 +54,21 @@ def test_distribution() -> None:
             error = 5 / tensor.numel() ** 0.5  # five sigma
             assert tensor.mean().abs() < error * SMALL_MODEL.init_std, name
             assert tensor.std().item() == pytest.approx(SMALL_MODEL.init_std, rel=error), name
+
+
+def test_adapters_begin_by_adding_nothing() -> None:
+    """Down within 1 / sqrt(inputs), of each expert too, and up 0."""
+    model = Transformer(SMALL_MODEL)
+    attach_adapters(model, TuneConfig(method="lora", lora_rank=3))
+    init_adapters(model, 0)
+    found = {name: tensor for name, tensor in canonical_parameters(model) if ".lora." in name}
+    assert "layers.2.moe.experts.7.gate_up.lora.down.weight" in found
+    drawn = [name for name in found if name.endswith("down.weight")]
+    for name in drawn:
+        limit = found[name].shape[1] ** -0.5
+        assert 0.5 * limit < found[name].abs().max() <= limit and found[name].min() < 0, name
+        assert not found[name.replace("lora.down", "lora.up")].any()
+    assert len(found) == 2 * len(drawn) == 2 * len({tuple(found[name][0, :4].tolist()) for name in drawn})
 
 
 def test_no_two_tensors_share_a_draw_and_seeds_differ() -> None:

@@ -47,6 +47,33 @@ COMMANDS = {
         ),
         example="switchyard train recipe=tiny run=first layout.ep=2 train.steps=200",
     ),
+    "convert from-hf": Command(
+        target="launch.convert:from_hf",
+        usage="convert from-hf DIR OUT [--processes N]",
+        does="turn a Hugging Face folder into one that training reads",
+        details=(
+            "DIR            holds config.json and safetensors files, which are compared with SHA256SUMS if\n"
+            "               there is one; `train.init=DIR` reads it too, without conversion\n"
+            "OUT            a new folder; what was written when a command was killed or the disk was full\n"
+            "               is kept beside it, and the same command goes on from there\n"
+            "--processes N  share the files (default: 1); memory of each holds one tensor"
+        ),
+        example="switchyard convert from-hf DeepSeek-V2-Lite models/v2-lite --processes 4",
+    ),
+    "convert to-hf": Command(
+        target="launch.convert:to_hf",
+        usage="convert to-hf RUN DIR [--shard-gb 5] [--dtype bf16|fp32] [--processes N]",
+        does="write a run as a Hugging Face folder",
+        details=(
+            "RUN            a run's folder (its newest good checkpoint), a checkpoint, or a folder that\n"
+            "               `convert from-hf` wrote\n"
+            "DIR            a new folder, with tokenizer and SHA256SUMS; a killed command is continued\n"
+            "--shard-gb G   of a file at most, in 10^9 bytes (default: 5)\n"
+            "--dtype D      of the weights (default: as trained)\n"
+            "--processes N  share the files (default: 1); memory of each holds one tensor"
+        ),
+        example="switchyard convert to-hf runs/v2-lite-sft/checkpoints/step-400 exported --dtype bf16",
+    ),
     "test": Command(
         target="launch.checks:main",
         usage="test [PYTEST ARGUMENTS]",

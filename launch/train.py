@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import compose
+from launch.inherit import begin_from
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from moe.config import RunConfig, TuneConfig
 from moe.data.corpus import prepare
@@ -35,6 +36,7 @@ class Plan:
     recipe: str
     folder: Path
     resumes: bool
+    notes: tuple[str, ...] = ()  # what its user may not want
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,13 +68,17 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
         )
     folder = runs / run
     resumes = folder.exists()
+    notes: tuple[str, ...] = ()
     if resumes:
         recipe = _saved_recipe(folder, named.get("recipe"))
         saved = compose.read_yaml(folder / CONFIG)
         config = compose.from_saved(folder / CONFIG, overrides)
         _check_same_model(run, saved, config)
+    else:
+        config, notes = begin_from(config, overrides)
     layout = validate(config, world_size)
-    return Plan(config=config, layout=layout, recipe=recipe, folder=folder, resumes=resumes)
+    notes += (*layout.across_nodes(config.cluster.gpus_per_node), *tuning_notes(config))
+    return Plan(config=config, layout=layout, recipe=recipe, folder=folder, resumes=resumes, notes=notes)
 
 
 def new_run_name(runs: Path, recipe: str) -> str:
@@ -121,16 +127,11 @@ def describe(plan: Plan) -> str:
     """The settings as YAML, with the run and its launch in comments above."""
     what = "resumed" if plan.resumes else "new"
     command = shlex.join(rank_command("train", plan.folder))
-    notes = "".join(f"# note: {note}\n" for note in _notes(plan))
+    notes = "".join(f"# note: {note}\n" for note in plan.notes)
     return (
         f"# run {plan.folder} ({what}), recipe {plan.recipe}\n"
         f"# launch {plan.layout.world_size} x {command}\n{notes}{compose.write_yaml(plan.config)}"
     ).rstrip()
-
-
-def _notes(plan: Plan) -> list[str]:
-    """What a layout or a setting does that its user may not want."""
-    return [*plan.layout.across_nodes(plan.config.cluster.gpus_per_node), *tuning_notes(plan.config)]
 
 
 def _start_here(arguments: Sequence[str]) -> int:
@@ -160,7 +161,7 @@ def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
 
 def _begin(plan: Plan) -> None:
     """Prepare the data, then write the run's folder: a mistake in the data leaves no folder behind."""
-    for note in _notes(plan):
+    for note in plan.notes:
         print(f"note: {note}", flush=True)
     prepare(plan.config.data, plan.config.model.vocab_size, print)
     try:

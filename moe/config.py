@@ -184,6 +184,7 @@ class TrainConfig:
     steps: int = 100
     batch_size: int = 16  # sequences per step, over all ranks
     seed: int = 1234
+    init: str | None = None  # a Hugging Face or converted folder, a run or a checkpoint to begin from
     precision: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False  # only kernels that give the same bits again, where torch has several
     recompute: Literal["none", "full"] = "none"

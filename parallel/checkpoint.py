@@ -20,11 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.files import sha256_of
 from parallel.rectangles import Rectangle
 from parallel.shards import Piece
 
 INDEX = "index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,  # of released weights
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _READERS = 8  # files verified at once
 
 
@@ -44,6 +52,7 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]  # what is not a tensor: step, data cursor, ...
     tensors: dict[str, Saved]
+    digest: str  # of the index, which holds the checksum of every file
     _open: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,14 +67,17 @@ class Checkpoint:
         self.read_into(Piece(name, saved.shape, (0,) * len(saved.shape), tensor))
         return tensor
 
-    def read_into(self, piece: Piece) -> None:
-        """Fill a piece's tensor, reading only that. UserError where name, shape or dtype differ."""
+    def read_into(self, piece: Piece, *, cast: bool = False) -> None:
+        """Fill a piece's tensor, reading only that. UserError where name, shape or dtype differ.
+
+        `cast` lets another dtype pass: values are converted to the piece's.
+        """
         saved = self._saved(piece.name)
         for what, wanted, found in (
             ("shape", list(piece.shape), list(saved.shape)),
             ("dtype", piece.tensor.dtype, saved.dtype),
         ):
-            if wanted != found:
+            if wanted != found and not (cast and what == "dtype"):
                 raise UserError(
                     f"tensor `{piece.name}` of checkpoint {self.folder} must have the model's {what} "
                     f"{wanted}, but has {found}: restore the settings it was made with"
@@ -102,7 +114,7 @@ def steps(root: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
-def open_latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def open_latest(root: Path, warn: Callable[[str], None], *, verify: bool = True) -> Checkpoint | None:
     """The newest good checkpoint; a broken one is named through `warn`. None where none was saved.
 
     UserError where there are checkpoints but every one is broken.
@@ -110,7 +122,7 @@ def open_latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     found = steps(root)
     for step in reversed(found):
         try:
-            return open_checkpoint(root / f"step-{step}")
+            return open_checkpoint(root / f"step-{step}", verify=verify)
         except UserError as error:
             if step == found[0]:
                 raise
@@ -125,10 +137,11 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """
     try:
         index = json.loads((folder / INDEX).read_text())
-        if index.pop("sha256") != index_digest(index):
+        digest = index.pop("sha256")
+        if digest != index_digest(index):
             raise UserError(_broken(folder, f"{INDEX} does not match its checksum"))
         _check_files(folder, index["files"], verify)
-        return Checkpoint(folder, index["state"], _saved_tensors(index))
+        return Checkpoint(folder, index["state"], _saved_tensors(index), digest)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -153,8 +166,7 @@ def _is_good(path: Path, entry: dict[str, Any], verify: bool) -> bool:
         return False
     if not verify:
         return True
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+    return bool(sha256_of(path) == entry["sha256"])
 
 
 def _saved_tensors(index: dict[str, Any]) -> dict[str, Saved]:

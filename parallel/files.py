@@ -1,11 +1,15 @@
 """Files and names that survive a power cut, on which atomic renames rest. No torch."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from parallel.errors import UserError
 
 
 @contextmanager
@@ -28,7 +32,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled beside `folder`, which it becomes on leaving: one that exists is whole."""
+    """A folder to fill, which has its name only when it is whole. UserError where there is one already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"`{folder}` must be new or empty, but is not: choose another folder or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -40,3 +46,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that whoever finds the file finds all of it, on the disk."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    with durable_file(unfinished) as file:
+        file.write(json.dumps(content).encode())
+    unfinished.rename(path)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

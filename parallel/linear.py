@@ -87,7 +87,8 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], *stacks: Tensor) -> Tensor:
         assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
-        ctx.save_for_backward(rows if any(ctx.needs_input_grad[2:]) else None)
+        if any(ctx.needs_input_grad[2:]):
+            ctx.save_for_backward(rows)
         ctx.stacks, ctx.segments, ctx.queue = stacks, _segments(counts, stacks), queue_here()
         out = rows.new_empty(rows.shape[0], stacks[0].shape[1])
         for weight, segments in zip(stacks, ctx.segments, strict=True):
@@ -97,7 +98,8 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,), grad = ctx.saved_tensors, grads[0].contiguous()
+        rows = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        grad = grads[0].contiguous()
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = grad.new_empty(grad.shape[0], ctx.stacks[0].shape[2])

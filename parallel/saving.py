@@ -26,7 +26,7 @@ import torch.distributed as dist
 from parallel.checkpoint import INDEX, index_digest, steps
 from parallel.collectives import Group, all_reduce, group_rank, group_size
 from parallel.errors import UserError
-from parallel.files import durable_file, sync
+from parallel.files import durable_file, sync, write_json
 from parallel.rectangles import Rectangle, tile
 from parallel.shards import Piece
 from parallel.staging import Staged, Staging
@@ -110,7 +110,7 @@ class Saver:
         try:
             _write_rank(partial, self._rank, staged)
             if self._rank == 0:
-                _publish(partial, final, _index(self._collect(partial), state))
+                _publish(partial, final, make_index(self._collect(partial), state))
                 self._prune(step)
         except OSError as error:
             raise self._not_written(step, error) from error
@@ -169,13 +169,13 @@ def _write_rank(partial: Path, rank: int, staged: Staged) -> None:
         size = path.stat().st_size
     except Exception as error:
         path.unlink(missing_ok=True)  # makes room for the entry on a full disk
-        _replace(entry_path, {"failed": str(error)})
+        write_json(entry_path, {"failed": str(error)})
         raise
-    _replace(entry_path, {"sha256": digest.hexdigest(), "bytes": size, "pieces": staged.pieces})
+    write_json(entry_path, {"sha256": digest.hexdigest(), "bytes": size, "pieces": staged.pieces})
 
 
-def _index(files: dict[str, dict[str, Any]], state: dict[str, Any]) -> dict[str, Any]:
-    """The index of all ranks' files. Their pieces must hold every element of every tensor once."""
+def make_index(files: dict[str, dict[str, Any]], state: dict[str, Any]) -> dict[str, Any]:
+    """The index of all of a checkpoint's files. Their pieces must hold every element of every tensor once."""
     tensors: dict[str, dict[str, Any]] = {}
     rectangles: dict[str, list[Rectangle]] = {}
     for file in files.values():
@@ -196,7 +196,7 @@ def _publish(partial: Path, final: Path, index: dict[str, Any]) -> None:
     """Give the folder its name, once everything in it is on the disk."""
     for entry in partial.glob("rank-*.json"):
         entry.unlink()
-    _replace(partial / INDEX, index)
+    write_json(partial / INDEX, index)
     sync(partial)
     replaced = _hide(final) if final.exists() else None  # the same step, of a run that went back
     partial.rename(final)
@@ -212,14 +212,6 @@ def _publish(partial: Path, final: Path, index: dict[str, Any]) -> None:
 def _hide(folder: Path) -> Path:
     """Rename a checkpoint that is to be removed: half of it must not be taken for one."""
     return folder.rename(folder.with_name(f".{folder.name}.removed.partial"))
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that whoever finds the file finds all of it, on the disk."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    with durable_file(unfinished) as file:
-        file.write(json.dumps(content).encode())
-    unfinished.rename(path)
 
 
 def _rank_name(rank: int) -> str:

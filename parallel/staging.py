@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import DTYPES, key
+from parallel.checkpoint import DTYPE_NAMES, key
 from parallel.rectangles import Rectangle
 from parallel.shards import Piece
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_BYTES = 16 << 20
 
 
@@ -58,7 +57,7 @@ class Staging:
             tensor, begin, end = piece.tensor, end, end + piece.tensor.nbytes
             target = self._buffer[begin:end].view(tensor.dtype).view(tensor.shape)
             target.copy_(tensor, non_blocking=True)
-            dtype, extent = _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+            dtype, extent = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
             described.append([piece.name, dtype, piece.shape, piece.offset, extent])
             if tensor.numel():
                 facts = {"dtype": dtype, "shape": extent, "data_offsets": (begin, end)}

@@ -45,7 +45,7 @@ ONLY_IN = {
 # Imported inside functions: what not every machine has, or what is slow and needed late.
 LATE = {
     "": ("matplotlib", "tqdm", "transformers", "transformer_engine", "deep_ep", "apex", "deepspeed"),
-    "launch": ("torch", "launch", "moe"),  # the command line answers before torch is loaded
+    "launch": ("torch", "launch", "moe", "parallel"),  # the command line answers before torch is loaded
 }
 
 Import = tuple[str, int, bool]  # module, line, whether inside a function

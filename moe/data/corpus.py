@@ -80,6 +80,15 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
     return corpus
 
 
+def cached(config: DataConfig, vocab_size: int) -> Corpus | None:
+    """The corpus of these settings if it was prepared before and what it was made from is still there."""
+    try:
+        files = list_files(config.paths)
+        return _open(Path(config.cache).expanduser() / _fingerprint(files, config, vocab_size))
+    except UserError:
+        return None
+
+
 def _fingerprint(files: Sequence[SourceFile], config: DataConfig, vocab_size: int) -> str:
     """A hash over everything that decides what a corpus holds."""
     facts: dict[str, object] = {

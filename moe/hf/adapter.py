@@ -64,8 +64,6 @@ def save_adapter(folder: Path, config: ModelConfig, tune: TuneConfig, read: Read
 
     `base`: what the adapters belong to, a folder or a name on the hub.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` must be new or empty, but is not: choose another folder or remove it")
     tensors: dict[str, Tensor] = {}
     for name in adapted(config, tune):
         down, up = (read(half).cpu() for half in adapter_of(name))

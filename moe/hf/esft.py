@@ -5,10 +5,8 @@ each layer, and the selection (moe/selection.py). Released adapters leave out `m
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +19,7 @@ from moe.config import ModelConfig
 from moe.hf import names
 from moe.selection import FILE, Selection, as_json
 from parallel.errors import UserError
-from parallel.files import sync
+from parallel.files import new_folder, sync
 
 
 def save_changed(
@@ -112,21 +110,3 @@ def _merge_file(path: Path, changed: dict[str, _Place], target: Path) -> set[str
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     sync(path)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which has its name only when it is whole. UserError where there is one already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` must be new or empty, but is not: choose another folder or remove it")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync(partial)
-        os.replace(partial, folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

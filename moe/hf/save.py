@@ -1,30 +1,50 @@
 """Writing a model as Hugging Face files: released names, safetensors shards of bounded size, `config.json`.
 
-Tensors come one by one and leave with their shard, so memory holds one shard beside the model. All is
-written beside the destination and renamed at the end: a folder that exists is whole.
+The shards are planned from names and shapes alone, in the order of layers; whoever writes one reads its
+tensors one by one (parallel/assembly.py), so that processes share the work and memory holds one tensor.
 """
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.config import BalanceConfig, ModelConfig
 from moe.hf import names
 from moe.hf.config import lost_to_hf, to_hf
-from moe.hf.inventory import complete, is_bias
-from moe.hf.load import INDEX, SINGLE
+from moe.hf.folder import CONFIG, INDEX, SINGLE, SUMS
+from moe.hf.inventory import complete, is_bias, released_parts
+from moe.hf.weights import Held, Opened, Weights
+from parallel.assembly import Assembly, Finish, Part, PlannedFile
 from parallel.errors import UserError
-from parallel.files import sync
+from parallel.files import durable_file, sha256_of
+from parallel.rectangles import Rectangle
+from parallel.shards import Piece
+from parallel.zero import runs
+
+SHARD_BYTES = 5 * 10**9
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The files of a folder to be made, and what is put beside them once they are there."""
+
+    files: tuple[PlannedFile, ...]
+    finish: Finish
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of content of all files."""
+        return sum(file.nbytes for file in self.files)
 
 
 def save(
@@ -34,99 +54,135 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
     eos_token_id: int | None = None,
 ) -> None:
-    """Write canonical (name, tensor) pairs, in any order, to a new folder.
+    """Write a model in memory, as canonical (name, tensor) pairs in any order, to a new folder.
 
-    `tensors` are those of a whole model (`inventory.model_tensors` without expert parallelism) or of a
-    checkpoint. Values are cast to `dtype`, unless None; biases stay fp32. What the format cannot hold is
-    logged. UserError when the folder holds anything or a tensor is missing or has another shape.
+    Values are cast to `dtype`, unless None; biases stay fp32. What the format cannot hold is logged.
+    UserError when the folder holds anything or a tensor is missing or has another shape.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` must be new or empty, but is not: choose another folder or remove it")
-    config_json = to_hf(config, balance, eos_token_id=eos_token_id)
+    opened = Opened(folder, config, balance, Held(tensors))
+    config_json = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+    plan = export(folder, opened, dtype=dtype, shard_bytes=shard_bytes, config_json=config_json)
+    with Assembly(folder) as assembly:
+        assembly.begin(plan.files)
+        try:
+            assembly.write(plan.files)
+            assembly.publish(plan.files, plan.finish)
+        except BaseException:  # what is in memory cannot be asked for again
+            assembly.drop()
+            raise
+
+
+def export(
+    folder: Path,
+    opened: Opened,
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    config_json: dict[str, Any] | None = None,
+    companions: Sequence[Path] = (),
+) -> Conversion:
+    """Plan a Hugging Face folder; arguments as those of `save`.
+
+    `config_json` are values that are ours to keep, not to decide (`eos_token_id`); `companions` are
+    copied. What the format cannot hold is logged.
+    """
+    config, balance, weights = opened.config, opened.balance, opened.weights
     for sentence in lost_to_hf(config, balance):
         logger.warning("%s: %s", folder, sentence)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        dtypes = _write_shards(partial, _released(config, tensors, dtype), shard_bytes)
-        config_json["torch_dtype"] = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
-        _write_json(partial / "config.json", config_json)
-        sync(partial)
-        os.replace(partial, folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _released(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(released name, copy on the CPU) of every tensor; checks that each comes once, in its shape."""
-    missing = complete(config)
-    for name, tensor in tensors:
-        if is_bias(name) and config.score_function == "softmax":
-            continue
-        assert name in missing, f"{name} came twice or is no tensor of this model"
-        shape = missing.pop(name)
-        if tensor.shape != shape:
-            raise UserError(
-                f"`{name}` must have shape {tuple(shape)}, but has {tuple(tensor.shape)}: "
-                "use the configuration that the weights were trained with"
-            )
-        kept = torch.float32 if is_bias(name) else dtype
-        parts = names.to_hf(name, config)
-        copies = names.mtp_copies(name, config)
-        pieces = [*tensor.detach().chunk(len(parts)), *[tensor.detach()] * len(copies)]
-        for part, piece in zip((*parts, *copies), pieces, strict=True):
-            yield part, piece.to("cpu", kept or piece.dtype, copy=True).contiguous()
-    if missing:
-        raise UserError(
-            f"an exported model must be whole, but lacks {len(missing)} tensors, the first "
-            f"`{next(iter(missing))}`: give the tensors of every rank"
-        )
-
-
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> dict[str, torch.dtype]:
-    """Write shards and, if there is more than one, their index; return what was written."""
-    dtypes: dict[str, torch.dtype] = {}
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        path = folder / f"{len(shards)}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        sync(path)
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        dtypes[name] = tensor.dtype
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
+    _check(config, weights)
+    shards = list(runs(_parts(config, weights, dtype), lambda part: part.nbytes, shard_bytes))
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = [SINGLE]
-    else:
-        weight_map = {name: file for file, held in zip(files, shards, strict=True) for name in held}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    for number, file in enumerate(files):
-        os.replace(folder / f"{number}.safetensors", folder / file)
-    return dtypes
+    origin = weights.origin
+    planned = tuple(
+        PlannedFile(file, shard, origin, {}, lambda: None) for file, shard in zip(files, shards, strict=True)
+    )
+    kept = weights.dtype("embedding.weight") if dtype is None else dtype
+    settings = to_hf(config, balance) | (config_json or {})
+    settings["torch_dtype"] = str(kept).removeprefix("torch.")
+    return Conversion(planned, partial(_finish, planned, settings, companions))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+def _check(config: ModelConfig, weights: Weights) -> None:
+    expected = complete(config)
+    missing = [name for name in expected if name not in weights.names]
+    if missing:
+        raise UserError(
+            f"an exported model must be whole, but lacks {len(missing)} tensors, the first "
+            f"`{missing[0]}`: give the tensors of every rank"
+        )
+    for name in weights.names:
+        if name not in expected and not is_bias(name):
+            raise UserError(
+                f"an exported model must hold only what its files can, but has `{name}`: merge it first"
+            )
+    for name, shape in expected.items():
+        if weights.shape(name) != tuple(shape):
+            raise UserError(
+                f"`{name}` must have shape {tuple(shape)}, but has {weights.shape(name)}: "
+                "use the configuration that the weights were trained with"
+            )
+
+
+def _parts(config: ModelConfig, weights: Weights, dtype: torch.dtype | None) -> Iterator[Part]:
+    """Every released tensor, copies in MTP modules too, layer by layer."""
+    for name, shape in sorted(complete(config).items(), key=lambda item: _order(item[0], config)):
+        kept = torch.float32 if is_bias(name) else dtype or weights.dtype(name)
+        whole = Rectangle((0,) * len(shape), tuple(shape))
+        copies = [(copy, whole) for copy in names.mtp_copies(name, config)]
+        for released, place in [*released_parts(name, tuple(shape), config), *copies]:
+            read = partial(_read, weights, name, tuple(shape), place, kept)
+            yield Part(released, kept, place.extent, read)
+
+
+def _read(
+    weights: Weights, name: str, shape: tuple[int, ...], place: Rectangle, dtype: torch.dtype
+) -> Tensor:
+    tensor = torch.empty(place.extent, dtype=dtype)
+    weights.read_into(Piece(name, shape, place.offset, tensor))
+    return tensor
+
+
+def _order(name: str, config: ModelConfig) -> int:
+    """Embedding, layers, MTP modules, norm and head."""
+    match = re.match(r"(layers|mtp)\.(\d+)\.", name)
+    if match is None:
+        return -1 if name.startswith("embedding.") else config.num_layers + config.num_mtp_layers
+    return int(match[2]) + (config.num_layers if match[1] == "mtp" else 0)
+
+
+def _finish(
+    files: Sequence[PlannedFile],
+    config_json: dict[str, Any],
+    companions: Sequence[Path],
+    folder: Path,
+    entries: dict[str, dict[str, Any]],
+) -> None:
+    """Companions, `config.json`, the index where there are several shards, and the checksums of all files."""
+    for path in companions:
+        if path.name not in (CONFIG, INDEX, SUMS):
+            write(folder / path.name, path.read_bytes())
+    write_pretty(folder / CONFIG, config_json)
+    if len(files) > 1:
+        weight_map = {part.key: file.name for file in files for part in file.parts}
+        total = sum(file.nbytes for file in files)
+        write_pretty(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    sums = {name: entry["sha256"] for name, entry in entries.items()}
+    others = [path for path in folder.iterdir() if path.name not in (*sums, SUMS)]
+    sums |= {path.name: sha256_of(path) for path in others}
+    write(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
+
+
+def write_pretty(path: Path, value: dict[str, Any]) -> None:
+    """JSON for people to read, on the disk."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Bytes, on the disk."""
+    with durable_file(path) as file:
+        file.write(content)

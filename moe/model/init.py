@@ -1,7 +1,7 @@
 """Initial weights that know no layout: every canonical tensor draws from a stream named after it."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, std: float, seed: int) -> None:
-    """Normal(0, std) for matrices, 1 for gains; the same under every layout, whoever holds which part."""
-    held = list(parameter_pieces(module))
+def init_weights(module: nn.Module, std: float, seed: int, only: Container[str] | None = None) -> None:
+    """Normal(0, std) for matrices, 1 for gains; the same under every layout, whoever holds which part.
+
+    With `only` the other canonical tensors stay as they are.
+    """
+    held = [piece for piece in parameter_pieces(module) if only is None or piece.name in only]
     for piece in held:
         if len(piece.shape) < 2:
             piece.tensor.fill_(1.0)

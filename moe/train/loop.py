@@ -22,7 +22,7 @@ from moe.rules import validate
 from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
 from moe.telemetry.sinks import replace_file
-from moe.train import state
+from moe.train import start, state
 from moe.train.environment import environment
 from moe.train.evaluate import evaluate, perplexity, rounds
 from moe.train.record import Recorder
@@ -30,7 +30,7 @@ from moe.train.sample import sample
 from moe.train.step import StepResult, make_trainer, open_loader, read_batches
 from moe.train.tuning import trained_share
 from moe.train.world import world
-from parallel.checkpoint import open_checkpoint, open_latest
+from parallel.checkpoint import Checkpoint, open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
 from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
@@ -57,11 +57,12 @@ class _Run:
     def __init__(self, config: RunConfig, run: Path, groups: Groups, device: torch.device) -> None:
         self.config, self.folder, self.groups, self.device = config, run, groups, device
         self.corpus = self._prepare()
-        self.trainer = make_trainer(config, groups, len(self.corpus.domains), device)
+        saved = self._find_checkpoint()
+        self.trainer = make_trainer(config, groups, len(self.corpus.domains), device, self._start(saved))
         self.loader, self.validation = (
             open_loader(shards, config) for shards in (self.corpus.train, self.corpus.validation)
         )
-        self.position = self._resume()
+        self.position = state.load(self.trainer, saved) if saved else state.Position()
         self.saver = Saver(
             run / "checkpoints",
             groups.world,
@@ -83,8 +84,18 @@ class _Run:
             barrier(self.groups.world)
         return corpus
 
-    def _resume(self) -> state.Position:
-        """Rank 0 finds and verifies the newest good checkpoint; every rank reads its part of that one."""
+    def _start(self, saved: Checkpoint | None) -> start.Start | None:
+        """What the weights begin with; a new run notes it."""
+        settings = self.config.train
+        if saved:
+            return start.resumed(self.folder, settings, saved.names)
+        found = start.new(settings, verify=self.groups.rank == 0)
+        if found and self.groups.rank == 0:
+            start.note(self.folder, found)
+        return found
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """Rank 0 finds and verifies the newest good checkpoint; every rank opens that one."""
         root = self.folder / "checkpoints"
         step, saved = 0, None
         if self.groups.rank == 0:
@@ -97,8 +108,8 @@ class _Run:
         if step < 0:  # every rank finds what rank 0 found, and leaves by itself
             open_latest(root, logger.warning)
         if step == 0:
-            return state.Position()
-        return state.load(self.trainer, saved or open_checkpoint(root / f"step-{step}", verify=False))
+            return None
+        return saved or open_checkpoint(root / f"step-{step}", verify=False)
 
     def train(self) -> int:
         """Step until the end, a signal, or a loss that is no number."""

@@ -24,6 +24,7 @@ from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
 from moe.train.optim import DTYPES, learning_rate
 from moe.train.runner import make_schedule
+from moe.train.start import Start, new
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
 from parallel.layout import length_multiple
@@ -194,21 +195,30 @@ def _sum_gates(names: list[str], outcomes: Sequence[Outcome], like: Tensor) -> T
     return sums
 
 
-def make_model(config: RunConfig, groups: Groups) -> Transformer:
-    """This rank's stages with fresh weights, the same under every layout; what is not trained is frozen."""
+def make_model(config: RunConfig, groups: Groups, start: Start | None = None) -> Transformer:
+    """This rank's stages with fresh weights, the same under every layout, or with those of `train.init`.
+
+    What is not trained is frozen.
+    """
     schedule = make_schedule(config.layout, config.layout.microbatches)
     stages = split(config.model, schedule.num_stages, config.data.sequence_length)
     parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
     dtype = DTYPES[config.train.precision]
+    start = start or new(config.train)
+    seed = config.train.seed if start is None else None
     placements = tuning.placements(config, groups.layout.ep)
-    model = Transformer(config.model, config.balance, groups, dtype, config.train.seed, parts, placements)
+    model = Transformer(config.model, config.balance, groups, dtype, seed, parts, placements)
+    if start is not None:
+        start.fill(model, config.train.seed)
     tuning.prepare(model, config)
     return model
 
 
-def make_trainer(config: RunConfig, groups: Groups, num_domains: int, device: torch.device) -> Trainer:
+def make_trainer(
+    config: RunConfig, groups: Groups, num_domains: int, device: torch.device, start: Start | None = None
+) -> Trainer:
     """This rank's stages, and what trains them."""
-    return Trainer(make_model(config, groups), config, groups, num_domains, device)
+    return Trainer(make_model(config, groups, start), config, groups, num_domains, device)
 
 
 def open_loader(shards: TokenShards, config: RunConfig) -> Loader:

@@ -85,7 +85,9 @@ def test_a_frozen_product_keeps_no_rows(grouped: bool) -> None:
 def test_parts_are_cut_as_the_weight_is(grouped: bool, dim: int, sections: int) -> None:
     """The half that meets the cut is a part, the other is whole."""
     cut = Cut(dim=dim, index=1, count=2, sections=sections)
-    layer = GroupedLinear(range(4, 8), INPUTS, OUTPUTS, cut=cut) if grouped else Linear(INPUTS, OUTPUTS, cut=cut)
+    layer = (
+        GroupedLinear(range(4, 8), INPUTS, OUTPUTS, cut=cut) if grouped else Linear(INPUTS, OUTPUTS, cut=cut)
+    )
     attach(layer, RANK, SCALE)
     held = {piece.name: piece for piece in parameter_pieces(nn.ModuleDict({"experts": layer}))}
     first = "experts.4" if grouped else "experts"

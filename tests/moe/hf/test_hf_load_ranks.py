@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from moe.config import BalanceConfig, ModelConfig
-from moe.hf import load as loading
+from moe.hf import weights as reading
 from moe.hf.inventory import model_pieces, model_tensors
+from moe.hf.load import open_model
 from moe.hf.save import save
 from moe.model.transformer import Transformer
 from parallel.groups import build_groups
@@ -67,9 +68,9 @@ class SpiedSlice:
 def load_a_part(rank: int, world_size: int, layout: Layout, folder: str) -> tuple[list[Piece], list[Read]]:
     read: list[Read] = []
     with pytest.MonkeyPatch.context() as patch:
-        open_file = loading._open_file
-        patch.setattr(loading, "_open_file", lambda path: Spy(open_file(path), read))
-        model = loading.open_model(Path(folder), groups=build_groups(layout))
+        open_file = reading.open_file
+        patch.setattr(reading, "open_file", lambda path: Spy(open_file(path), read))
+        model = open_model(Path(folder), groups=build_groups(layout))
     return list(model_pieces(model)), read
 
 

@@ -20,6 +20,9 @@ CONFIG = ModelConfig(
     moe_intermediate_size=4,
     num_heads=1,
 )
+V3 = dataclasses.replace(CONFIG, num_layers=61)
+ONE_MODULE = dataclasses.replace(CONFIG, num_mtp_layers=1)
+TIED = dataclasses.replace(ONE_MODULE, tie_embeddings=True)
 
 
 GROUPED = dataclasses.replace(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moe.config import ModelConfig
 from moe.hf import names
 from moe.model.transformer import Transformer
 from tests.reduced import canonical
@@ -171,18 +170,18 @@ def released_gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def our_gradients(model: nn.Module, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def our_gradients(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(released name, gradient) of our model, the fused rows taken apart."""
     for name, parameter in model.named_parameters():
         for full_name, grad in canonical(name, parameter, parameter.grad):
-            parts = names.to_hf(full_name, config)
+            parts = names.to_hf(full_name, model.config)
             yield from zip(parts, grad.chunk(len(parts)), strict=True)
 
 
 def worst_gradient(model: Transformer, reference: nn.Module) -> tuple[float, str]:
     """The largest relative difference of a gradient, and which it is."""
     theirs = released_gradients(reference)
-    ours = dict(our_gradients(model, model.config))
+    ours = dict(our_gradients(model))
     assert ours.keys() == theirs.keys()
     return max((relative_error(grad, theirs[name]), name) for name, grad in ours.items())
 

@@ -170,6 +170,22 @@ COMMANDS = {
         ),
         example="switchyard convert to-peft runs/lora adapter --base deepseek-ai/DeepSeek-V2-Lite",
     ),
+    "plan": Command(
+        target="launch.plan.command:main",
+        usage="plan [recipe=NAME] [cluster=NAME] [KEY=VALUE ...] [--imbalance X] [--compare] [--json [FILE]]",
+        does="reckon whether a run fits into its machines' memory",
+        details=(
+            "Weights, gradients and optimizer state to the byte; activations by phase, for as many\n"
+            "microbatches as the schedule has in flight. Exit code 1: it does not fit.\n\n"
+            "recipe=NAME    a file of recipes/, or a path to a YAML file (default: tiny)\n"
+            "cluster=NAME   a file of recipes/cluster/: local, a800x8, h800x8\n"
+            "KEY=VALUE      overrides any setting, as in Hydra: layout.ep=8\n"
+            "--imbalance X  rows that a rank's experts receive, over the mean (default: 1.5)\n"
+            "--compare      also every layout.ep on as many ranks, with and without recomputation\n"
+            "--json [FILE]  numbers for machines; without FILE, nothing else is printed"
+        ),
+        example="switchyard plan recipe=tiny cluster=h800x8 layout.dp=8 --compare",
+    ),
     "bench balance": Command(
         target="launch.bench.balance:main",
         usage="bench balance [--steps N] [--json FILE]",

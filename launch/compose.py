@@ -7,6 +7,7 @@ as a `UserError`. No torch.
 """
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import RunConfig
+from moe.config import ClusterConfig, RunConfig
 from moe.rules import build, known_keys, unknown_key
 from parallel.errors import UserError
 
@@ -45,17 +46,20 @@ def take(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str]
 
 
 def from_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings of a recipe (a name in `recipes/`, or a path to a YAML file) under overrides."""
+    """The settings of a recipe (a name in `recipes/`, or a path to a YAML file) under overrides.
+
+    `cluster=NAME` among these stands for all settings of `recipes/cluster/NAME.yaml`.
+    """
     path = find_recipe(recipe)
     defaults = _load(path).get("defaults")
     if not isinstance(defaults, list) or "_self_" not in defaults:
         raise UserError(f"{path} does not name what it builds on: begin it with `defaults: [base, _self_]`")
-    return _compose(RunConfig(), path.parent, path.stem, overrides)
+    return _compose(RunConfig(), path.parent, path.stem, _name_machines(overrides))
 
 
 def from_saved(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings that a run saved in its `config.yaml`, under further overrides."""
-    return _compose(read_yaml(path), path.parent, "base", overrides)
+    return _compose(read_yaml(path), path.parent, "base", _name_machines(overrides))
 
 
 def find_recipe(recipe: str) -> Path:
@@ -67,13 +71,28 @@ def find_recipe(recipe: str) -> Path:
         if not path.is_file():
             raise UserError(f"there is no recipe file `{recipe}`: give an existing path or a name")
         return path
-    path = RECIPES / f"{recipe}.yaml"
+    return _find(RECIPES, "recipe", recipe)
+
+
+def _find(folder: Path, kind: str, name: str) -> Path:
+    path = folder / f"{name}.yaml"
     if path.is_file():
         return path
-    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(recipe, names, n=1, cutoff=0.0)
-    hint = f"did you mean `{near[0]}`, of {', '.join(names)}?" if near else f"{RECIPES} holds none"
-    raise UserError(f"there is no recipe `{recipe}`: {hint}")
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    hint = f"did you mean `{near[0]}`, of {', '.join(names)}?" if near else f"{folder} holds none"
+    raise UserError(f"there is no {kind} `{name}`: {hint}")
+
+
+def _name_machines(overrides: Sequence[str]) -> list[str]:
+    """`cluster=NAME` written out: all settings of those machines, before the other overrides."""
+    named, others = take(overrides, ("cluster",))
+    if not named:
+        return others
+    machines = build(
+        ClusterConfig, _load(_find(RECIPES / "cluster", "cluster", named["cluster"])), "cluster."
+    )
+    return [*(f"cluster.{key}={json.dumps(value)}" for key, value in asdict(machines).items()), *others]
 
 
 def write_yaml(config: RunConfig) -> str:

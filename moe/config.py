@@ -227,9 +227,12 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The machines."""
+    """The machines; `cluster=NAME` on a command line takes them from `recipes/cluster/NAME.yaml`."""
 
+    name: str = "local"
     gpus_per_node: int = 8  # joined by fast links
+    memory_gb: float = 80.0  # of a GPU, in 10^9 bytes
+    peak_tflops: float | None = None  # of a GPU, bf16 and dense; None: not known, and no MFU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -363,6 +363,7 @@ _POSITIVE = (
     *("model.rope.beta_fast", "model.rope.beta_slow"),
     *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
     *("layout.microbatches", "layout.stages_per_rank", "cluster.gpus_per_node"),
+    *("cluster.memory_gb", "cluster.peak_tflops"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
     *("telemetry.window", "telemetry.log_every", "launch.threads", "tune.lora_rank", "tune.lora_alpha"),
 )

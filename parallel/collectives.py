@@ -44,12 +44,12 @@ ALONE = ModelGroups()
 
 def group_size(group: Group) -> int:
     """Ranks in a group; 1 without one."""
-    return 1 if group is None else dist.get_world_size(group)
+    return 1 if group is None else group.size()
 
 
 def group_rank(group: Group) -> int:
     """This rank's place in a group; 0 without one."""
-    return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None else group.rank()
 
 
 @dataclass(frozen=True)

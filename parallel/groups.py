@@ -7,7 +7,7 @@ costs every rank four seconds and warns of accelerator libraries that nothing he
 import importlib.util
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.collectives import Group, ModelGroups, group_rank
+from parallel.collectives import Group, ModelGroups, group_rank, group_size
 from parallel.layout import Layout
 
 
@@ -112,6 +112,53 @@ def build_groups(layout: Layout) -> Groups:
     )
     groups = Groups(layout=layout, rank=dist.get_rank(), embedding=embedding_group(layout), **made)
     return _with_mirrors(groups) if layout.both_ways else groups
+
+
+def imagine(layout: Layout, rank: int) -> Groups:
+    """The groups of any rank of a layout, in one process: they know size and place, and can send nothing.
+
+    What is built over them, on the meta device say, has the shapes that it has on that rank.
+    """
+    place = layout.coordinates(rank)
+    made: dict[tuple[str, ...], Group] = {(): None}
+
+    def along(several: Sequence[str]) -> Group:
+        long = tuple(axis for axis in several if getattr(layout, axis) > 1)
+        if long not in made:
+            size, index = 1, 0
+            for axis in long:
+                size, index = size * getattr(layout, axis), index + place[axis] * size
+            made[long] = _silent(index, size)
+        return made[long]
+
+    def twice(group: Group, on_later_stage: bool) -> Group:
+        """The same ranks of two stages."""
+        size = group_size(group)
+        return _silent(group_rank(group) + on_later_stage * size, 2 * size)
+
+    found: dict[str, Any] = {
+        name: along(several) for name, several in (_ATTENTION_GROUPS | _EXPERT_GROUPS).items()
+    }
+    groups = Groups(layout=layout, rank=rank, **found)
+    if layout.pp > 1 and is_end(layout, place):
+        groups = replace(groups, embedding=twice(groups.dp_cp, place["pp"] > 0))
+    if layout.both_ways:
+        later = place["pp"] > _depth(layout, place)
+        once = groups.copies
+        experts = twice(once.experts, later)
+        copies = Copies(
+            cut=twice(once.cut, later),
+            whole=twice(once.whole, later),
+            experts=experts,
+            experts_whole=twice(once.experts_whole, later) if layout.etp > 1 else experts,
+        )
+        groups = replace(groups, mirror=twice(None, later), both_ways=copies)
+    return groups
+
+
+def _silent(rank: int, size: int) -> dist.ProcessGroup:
+    """A group without a backend."""
+    return dist.ProcessGroup(rank, size)  # type: ignore[call-arg]  # the stub lacks this constructor
 
 
 def embedding_group(layout: Layout) -> Group:

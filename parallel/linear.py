@@ -98,7 +98,7 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        rows: Any = ctx.saved_tensors[0] if ctx.saved_tensors else None
         grad = grads[0].contiguous()
         grad_rows = None
         if ctx.needs_input_grad[0]:

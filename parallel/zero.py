@@ -82,11 +82,7 @@ class Zero:
         self._world = world
         self.device = named[0][1].device
         self._units = {
-            name: [
-                _Bucket(part, chosen.replicas, reduce_dtype)
-                for chosen in sets
-                for part in _split(chosen.named, bucket_bytes)
-            ]
+            name: [_Bucket(flat, reduce_dtype) for flat in flat_buffers(sets, bucket_bytes)]
             for name, sets in units
         }
         assert len(self._units) == len(units), "two units have one name"
@@ -163,20 +159,52 @@ class Zero:
             yield from buckets
 
 
+@dataclass(frozen=True)
+class Flat:
+    """A flat buffer in elements: all of it with its padding, one replica's shard of it, and of each
+    parameter where it begins and the elements `owned` by this replica."""
+
+    named: Named
+    replicas: Group
+    size: int
+    shard: int
+    begins: tuple[int, ...]
+    owned: tuple[range, ...]
+
+
+def lay_flat(named: Named, replicas: Group) -> Flat:
+    """Where parameters lie in their flat buffer, aligned, and which of them this replica owns."""
+    begins, end = [], 0
+    for _, parameter in named:
+        begins.append(end)
+        end = _round_up(end + parameter.numel(), _ALIGNMENT)
+    size = _round_up(end, _ALIGNMENT * group_size(replicas))
+    shard = size // group_size(replicas)
+    low = group_rank(replicas) * shard
+    owned = tuple(
+        range(max(begin, low), min(begin + parameter.numel(), low + shard))
+        for (_, parameter), begin in zip(named, begins, strict=True)
+    )
+    return Flat(named, replicas, size, shard, tuple(begins), owned)
+
+
+def flat_buffers(sets: Sequence[ParameterSet], bucket_bytes: int = BUCKET_BYTES) -> Iterator[Flat]:
+    """The buffers that a unit's trainable parameters are laid into. Makes none of them."""
+    for chosen in sets:
+        for part in _split(chosen.named, bucket_bytes):
+            yield lay_flat(part, chosen.replicas)
+
+
 class _Bucket:
     """Parameters of one dtype with the same replicas, in flat buffers of which each owns an equal shard."""
 
-    def __init__(self, named: Named, replicas: Group, reduce_dtype: torch.dtype) -> None:
-        self._named, self._replicas, self._reduce_dtype = named, replicas, reduce_dtype
-        self._begins, begin = [], 0
-        for _, parameter in named:
-            self._begins.append(begin)
-            begin = _round_up(begin + parameter.numel(), _ALIGNMENT)
-        size = _round_up(begin, _ALIGNMENT * group_size(replicas))
+    def __init__(self, flat: Flat, reduce_dtype: torch.dtype) -> None:
+        named, replicas = flat.named, flat.replicas
+        self._flat, self._named, self._replicas, self._reduce_dtype = flat, named, replicas, reduce_dtype
         first = named[0][1]
-        self._weights = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self._grads = torch.zeros(size, dtype=torch.float32, device=first.device)
-        for (_, parameter), begin in zip(named, self._begins, strict=True):
+        self._weights = torch.zeros(flat.size, dtype=first.dtype, device=first.device)
+        self._grads = torch.zeros(flat.size, dtype=torch.float32, device=first.device)
+        for (_, parameter), begin in zip(named, flat.begins, strict=True):
             place = slice(begin, begin + parameter.numel())
             weight = self._weights[place].view(parameter.shape)
             parameter.data = weight.copy_(parameter.detach())  # the object stays, with its marks
@@ -219,15 +247,14 @@ class _Bucket:
             self._gather = None
 
     def segments(self) -> Iterator[Segment]:
-        shard = self._weight.numel()
-        low = group_rank(self._replicas) * shard
-        for (name, parameter), begin in zip(self._named, self._begins, strict=True):
-            first, end = max(begin, low), min(begin + parameter.numel(), low + shard)
-            if first < end:
-                owned = slice(first - low, end - low)
-                weight = self._weight[owned]
-                master = weight if self._master is self._weight else self._master[owned]
-                yield Segment(name, parameter, first - begin, weight, master, self.grad[owned])
+        flat = self._flat
+        low = group_rank(self._replicas) * flat.shard
+        for (name, parameter), begin, owned in zip(self._named, flat.begins, flat.owned, strict=True):
+            if owned:
+                place = slice(owned.start - low, owned.stop - low)
+                weight = self._weight[place]
+                master = weight if self._master is self._weight else self._master[place]
+                yield Segment(name, parameter, owned.start - begin, weight, master, self.grad[place])
 
 
 def _split(named: Named, limit: int) -> Iterator[Named]:

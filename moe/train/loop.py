@@ -73,7 +73,8 @@ class _Run:
         if groups.rank == 0:
             facts = environment(config.train.seed, groups.layout)
             replace_file(run / "environment.json", json.dumps(facts, indent=2).encode())
-            self.recorder = Recorder(run, config, self.corpus.domains, self.position.step)
+            step, ranks = self.position.step, groups.layout.world_size
+            self.recorder = Recorder(run, config, self.corpus.domains, step, ranks)
 
     def _prepare(self) -> Corpus:
         """Rank 0 fills the cache, the others find it."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe.config import RunConfig
+from moe.model.costs import train_flops_per_token
 from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
 from moe.telemetry.sinks import JsonLines, read_rows, trim_after
 from moe.train.evaluate import perplexity
@@ -20,10 +21,12 @@ METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 class Recorder:
     """The two files of a run; rows after `step`, left by an attempt that was killed, are removed first."""
 
-    def __init__(self, run: Path, config: RunConfig, domains: tuple[str, ...], step: int) -> None:
+    def __init__(
+        self, run: Path, config: RunConfig, domains: tuple[str, ...], step: int, world_size: int
+    ) -> None:
         for name in (METRICS, EXPERT_LOAD):
             trim_after(run / name, step)
-        self._config, self._domains = config, domains
+        self._config, self._domains, self._world_size = config, domains, world_size
         self._window = LoadWindow(config.telemetry.window)
         self._window.replay(
             r for r in read_rows(run / EXPERT_LOAD) if r["step"] > step - config.telemetry.window
@@ -44,7 +47,7 @@ class Recorder:
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": result.tokens / result.seconds,
                 "step_seconds": result.seconds,
-                "mfu": None,  # not known without the machine's peak
+                "mfu": self._mfu(result.tokens / result.seconds),
                 "max_vio": mean_max_vio,
                 "aux_loss": result.auxiliary_loss,
                 "memory_peak_bytes": _memory_peak(),
@@ -77,6 +80,14 @@ class Recorder:
             counted = zip(self._domains, layer.domains.tolist(), strict=True)
             row["domains"] = {domain: counts for domain, counts in counted if any(counts)}
         return row
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """The model's own work over what all ranks could do at their peak; None where that is not known."""
+        peak, length = self._config.cluster.peak_tflops, self._config.data.sequence_length
+        if peak is None:
+            return None
+        flops = train_flops_per_token(self._config.model, length)
+        return tokens_per_second * flops / (self._world_size * peak * 1e12)
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write the validation losses and perplexities after a step, by domain."""

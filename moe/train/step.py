@@ -200,18 +200,22 @@ def make_model(config: RunConfig, groups: Groups, start: Start | None = None) ->
 
     What is not trained is frozen.
     """
-    schedule = make_schedule(config.layout, config.layout.microbatches)
-    stages = split(config.model, schedule.num_stages, config.data.sequence_length)
-    parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
-    dtype = DTYPES[config.train.precision]
     start = start or new(config.train)
-    seed = config.train.seed if start is None else None
-    placements = tuning.placements(config, groups.layout.ep)
-    model = Transformer(config.model, config.balance, groups, dtype, seed, parts, placements)
+    model = build_model(config, groups, config.train.seed if start is None else None)
     if start is not None:
         start.fill(model, config.train.seed)
     tuning.prepare(model, config)
     return model
+
+
+def build_model(config: RunConfig, groups: Groups, seed: int | None) -> Transformer:
+    """This rank's stages; with `seed` None their weights are uninitialised."""
+    schedule = make_schedule(config.layout, config.layout.microbatches)
+    stages = split(config.model, schedule.num_stages, config.data.sequence_length)
+    parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
+    dtype = DTYPES[config.train.precision]
+    placements = tuning.placements(config, groups.layout.ep)
+    return Transformer(config.model, config.balance, groups, dtype, seed, parts, placements)
 
 
 def make_trainer(

@@ -45,14 +45,19 @@ def placements(config: RunConfig, ep: int) -> dict[str, Placement]:
 
 def prepare(model: Transformer, config: RunConfig) -> None:
     """Freeze what is not trained and make the adapters of a model whose own weights are in place."""
+    shape(model, config)
+    if config.tune.method == "lora":
+        init_adapters(model, config.train.seed)
+        if config.tune.adapter is not None:
+            load_adapter(model, config.tune, Path(config.tune.adapter).expanduser())
+
+
+def shape(model: Transformer, config: RunConfig) -> None:
+    """Freeze what is not trained and attach adapters, uninitialised."""
     tune = config.tune
     if tune.method == "lora":
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         attach_adapters(model, tune)
-        init_adapters(model, config.train.seed)
-        if tune.adapter is not None:
-            load_adapter(model, tune, Path(tune.adapter).expanduser())
     selection = selection_of(config)
     for name, parameter in model.named_parameters():
         if component_of(name) in tune.frozen:

@@ -1,5 +1,6 @@
 """Settings from recipes, saved runs and overrides; every mistake is one sentence."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,3 +163,21 @@ def one_sentence(call) -> str:
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
     return str(caught.value)
+
+
+def test_a_cluster_is_named_under_other_overrides(recipes: Path, tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[2] / "recipes" / "cluster", recipes / "cluster")
+    config = compose.from_recipe("tiny", ["cluster.gpus_per_node=4", "cluster=h800x8"])
+    assert vars(config.cluster) == {
+        "name": "h800x8",
+        "gpus_per_node": 4,
+        "memory_gb": 80.0,
+        "peak_tflops": 989.4,
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [base, _self_]\ncluster: {name: mine, memory_gb: 40}\n")
+    assert compose.from_recipe(str(path)).cluster.memory_gb == 40.0
+    assert compose.from_recipe(str(path), ["cluster=local"]).cluster == RunConfig().cluster
+    saved = tmp_path / "config.yaml"
+    saved.write_text(compose.write_yaml(config))
+    assert compose.from_saved(saved, ["cluster=a800x8"]).cluster.peak_tflops == 312.0

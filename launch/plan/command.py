@@ -1,0 +1,115 @@
+"""`switchyard plan`: does a run fit into the memory of its machines? Asked before any are rented."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import compose
+from launch.output import check_json, write_json
+from moe.config import RunConfig
+from parallel.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.plan.estimate import Estimate
+
+STDOUT = Path("-")
+IMBALANCE = 1.5
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+_BAR = 32  # characters of a whole memory
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table and the verdict; the exit code is 0 where the run fits and 1 where it does not."""
+    options = _parse(arguments)
+    named, overrides = compose.take(options.settings, ("recipe",))
+    config = compose.from_recipe(named.get("recipe", "tiny"), overrides)
+    from launch.plan.estimate import estimate  # imports torch
+
+    asked = estimate(config, options.imbalance)
+    result, lines = asked.json() | {"imbalance": options.imbalance}, [*_table(asked), "", *_notes(options)]
+    if options.compare:
+        result["compare"], rows = _compare(config, options.imbalance)
+        lines += ["", *rows]
+    lines += ["", verdict(asked, options.imbalance)]
+    print(json.dumps(result, indent=2) if options.json == STDOUT else "\n".join(lines), flush=True)
+    if options.json != STDOUT:
+        write_json(options.json, result)
+    return 0 if asked.fits else 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="switchyard plan", allow_abbrev=False, add_help=False)
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--imbalance", type=float, default=IMBALANCE)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--json", type=Path, nargs="?", const=STDOUT)
+    options = parser.parse_intermixed_args(arguments)
+    if options.json is not None and "=" in str(options.json):  # a setting after a bare `--json`
+        options.settings, options.json = [*options.settings, str(options.json)], STDOUT
+    if not options.imbalance >= 1:
+        raise UserError(
+            f"`--imbalance` must be at least 1, which is balanced, but is {options.imbalance:g}: "
+            f"use {IMBALANCE}"
+        )
+    if options.json != STDOUT:
+        check_json(options.json)
+    return options
+
+
+def verdict(asked: "Estimate", imbalance: float) -> str:
+    """One sentence: whether the run fits, how full the fullest rank is, and what would make it fit."""
+    from launch.plan.estimate import remedies
+
+    fullest, room = asked.fullest, f"{asked.memory / 1e9:g} GB"
+    full = f"{fullest.total_bytes / 1e9:.1f} of {room} on the fullest rank (rank {fullest.rank})"
+    if asked.fits:
+        return f"fits: {full}"
+    found = remedies(asked.config, imbalance)
+    if not found:
+        return (
+            f"does not fit: {full}; neither another `layout.ep` nor recomputation nor smaller microbatches "
+            "are enough: use more ranks"
+        )
+    said = [f"{words} ({tried.fullest.total_bytes / 1e9:.1f} GB)" for words, tried in found]
+    return f"does not fit: {full}; try {', or '.join(said)}"
+
+
+def _table(asked: "Estimate") -> list[str]:
+    """A line for each pipeline stage, in GB."""
+    lines = ["  rank" + "".join(f"{name:>13}" for name in _COLUMNS) + "   GB (10^9 bytes)"]
+    for rank in asked.ranks:
+        cells = [getattr(rank, f"{name}_bytes") / 1e9 for name in _COLUMNS]
+        full = min(1.0, rank.total_bytes / asked.memory)
+        bar = "#" * round(full * _BAR)
+        over = " too much" if rank.total_bytes > asked.memory else ""
+        lines.append(
+            f"{rank.rank:6}" + "".join(f"{cell:13.2f}" for cell in cells) + f"   [{bar:<{_BAR}}]{over}"
+        )
+    return lines
+
+
+def _notes(options: argparse.Namespace) -> list[str]:
+    from launch.plan.estimate import ALLOWANCE
+
+    return [
+        f"experts of a rank receive {options.imbalance:g} times the mean rows in every layer (--imbalance)",
+        f"buffers hold exchanged rows and {ALLOWANCE / 1e9:g} GB assumed for CUDA, NCCL and the allocator",
+    ]
+
+
+def _compare(config: RunConfig, imbalance: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """The same ranks under every degree of expert parallelism, with and without recomputation."""
+    from launch.plan.estimate import estimate, possible_ep, with_ep
+
+    rows, lines = [], ["layout.ep  train.recompute   fullest rank"]
+    for ep in possible_ep(config):
+        for recompute in ("none", "full"):
+            changed = with_ep(replace(config, train=replace(config.train, recompute=recompute)), ep)
+            tried = estimate(changed, imbalance)
+            rows.append({"ep": ep, "recompute": recompute, **tried.json()})
+            total, said = tried.fullest.total_bytes / 1e9, "fits" if tried.fits else "does not fit"
+            lines.append(f"{ep:9}  {recompute:<15}  {total:8.1f} GB  {said}")
+    return rows, lines

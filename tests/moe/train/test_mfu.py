@@ -1,0 +1,25 @@
+"""The share of the machines' peak that a step reaches, where the peak is known."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe.config import ClusterConfig, DataConfig, RunConfig
+from moe.train.record import METRICS, Recorder
+from moe.train.step import StepResult
+from tests.released import V2_LITE
+
+
+@pytest.mark.parametrize(("peak", "expected"), [(312.0, 0.30), (None, None)])
+def test_mfu_of_v2_lite_on_eight_ranks(tmp_path: Path, peak: float | None, expected: float | None) -> None:
+    config = RunConfig(
+        model=V2_LITE, data=DataConfig(sequence_length=4096), cluster=ClusterConfig(peak_tflops=peak)
+    )
+    recorder = Recorder(tmp_path, config, (), 0, 8)
+    losses = dict(loss=1.0, mtp_loss=0.0, auxiliary_loss=0.0, grad_norm=1.0, learning_rate=1.0)
+    recorder.step(1, 91_200, StepResult(tokens=91_200, seconds=2.0, layers={}, **losses))
+    recorder.close()
+    found = json.loads((tmp_path / METRICS).read_text())["mfu"]
+    # 45.6 thousand tokens a second at 16.41 GFLOP each, on 8 x 312 TFLOP/s
+    assert found == (None if expected is None else pytest.approx(expected, rel=0.01))

@@ -62,6 +62,11 @@ def from_saved(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _compose(read_yaml(path), path.parent, "base", _name_machines(overrides))
 
 
+def from_config(config: RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings under further overrides."""
+    return _compose(config, RECIPES, "base", overrides)
+
+
 def find_recipe(recipe: str) -> Path:
     """The YAML file of a recipe; an unknown one is a `UserError` that names the nearest."""
     if "/" in recipe or recipe.endswith((".yaml", ".yml")):

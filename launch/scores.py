@@ -6,35 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from launch.select import Plan
+from launch.using import reading
 from moe.data.corpus import prepare
 from moe.hf.inventory import complete, is_bias
 from moe.model.transformer import expert_layers
-from moe.rules import validate
 from moe.selection import Selection, as_json, released_numbers, shortest_prefix
 from moe.telemetry.sinks import replace_file
+from moe.train.evaluate import rounds
 from moe.train.scoring import Scores, score
-from moe.train.step import open_loader
-from moe.train.world import world
-from parallel.checkpoint import open_checkpoint
-from parallel.groups import build_groups
+from moe.train.step import local_batch_size, open_loader
 
 
-def select(plan: Plan) -> None:
+def select(plan: Plan) -> int:
     """Score, choose, and write. Every rank calls."""
     config = plan.config
-    with world() as device:
-        groups = build_groups(validate(config, dist.get_world_size() if dist.is_initialized() else 1))
-        weights = open_checkpoint(Path(plan.checkpoint), verify=False)  # the plan's maker has verified it
+    with reading(config) as engine:
         loader = open_loader(prepare(config.data, config.model.vocab_size).train, config)
-        scores = score(config, groups, device, loader, plan.sequences, weights)
-    if groups.rank == 0:
+        batches = rounds(loader, engine.groups, plan.sequences, local_batch_size(config, engine.groups))
+        scores = score(engine, batches, separate_documents=config.data.separate_documents)
+    if engine.groups.rank == 0:
         layers = scores.token if plan.score == "token" else scores.gate
         chosen = {layer: shortest_prefix(values, plan.threshold) for layer, values in layers.items()}
         _write(plan, Selection(experts=chosen), scores)
         print(describe(plan, Selection(experts=chosen), scores.tokens), flush=True)
+    return 0
 
 
 def _write(plan: Plan, selection: Selection, scores: Scores) -> None:

@@ -9,7 +9,7 @@ they are here, but takes those of dense and shared MLPs, which have the experts'
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,6 @@ def adapter_of(name: str) -> tuple[str, str]:
 def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """weight + scale x up down, [O, I] from [O, I], [r, I] and [O, r]: in fp32, rounded once."""
     return torch.addmm(weight.float(), up.float(), down.float(), alpha=scale).to(weight.dtype)
-
-
-def merged(name: str, read: Read, held: Collection[str], scale: float) -> Tensor:
-    """A canonical tensor of the model with its adapter, if it is among the names `held`, merged in."""
-    down, up = adapter_of(name)
-    return merge(read(name), read(down), read(up), scale) if down in held else read(name)
 
 
 def adapted(config: ModelConfig, tune: TuneConfig) -> list[str]:

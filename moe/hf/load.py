@@ -11,7 +11,8 @@ import torch
 
 from moe.hf.inventory import complete, is_bias, model_pieces
 from moe.hf.places import find
-from moe.hf.weights import Weights, open_weights
+from moe.hf.tensors import Weights
+from moe.hf.weights import open_weights
 from moe.model.transformer import Transformer
 from parallel.collectives import ALONE, ModelGroups
 from parallel.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moe.config import BalanceConfig, DataConfig, ModelConfig
+from moe.config import BalanceConfig, DataConfig, ModelConfig, TuneConfig
 from moe.data.corpus import cached
 from moe.hf import folder as hf
 from moe.rules import build
@@ -57,6 +57,10 @@ class Place:
         """What a run began from, where that is no fresh model."""
         path = None if self.is_hf else self._settings.get("train", {}).get("init")
         return None if path is None else Init(Path(path), noted_origin(self.folder))
+
+    def lora_scale(self) -> float:
+        """By how much the adapters of a run count."""
+        return build(TuneConfig, self._settings.get("tune", {}), "tune.").lora_scale
 
     def companions(self) -> list[Path]:
         """The files that go with the weights: of the released folder they came from, or a run's tokenizer."""

@@ -21,7 +21,8 @@ from moe.hf import names
 from moe.hf.config import lost_to_hf, to_hf
 from moe.hf.folder import CONFIG, INDEX, SINGLE, SUMS
 from moe.hf.inventory import complete, is_bias, released_parts
-from moe.hf.weights import Held, Opened, Weights
+from moe.hf.tensors import Held, Weights
+from moe.hf.weights import Opened
 from parallel.assembly import Assembly, Finish, Part, PlannedFile
 from parallel.errors import UserError
 from parallel.files import durable_file, sha256_of

@@ -1,18 +1,17 @@
-"""The tensors of a whole model, wherever they lie, read rectangle by rectangle.
+"""The weights of a model wherever they lie, read rectangle by rectangle.
 
-Four kinds: released files, a checkpoint, a checkpoint over what its run began from (which holds what
-was never trained), and tensors in memory. A reader asks for pieces of canonical tensors and reads
-only those; what it gets is cast to the dtype it asks with.
+In released files, in a checkpoint, or in a checkpoint over what its run began from, which holds what was
+never trained; adapters are merged in.
 """
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -22,8 +21,9 @@ from moe.config import BalanceConfig, ModelConfig
 from moe.hf import folder as hf
 from moe.hf import names
 from moe.hf.fp8 import FP8, read_dequantized, scales_shape
-from moe.hf.inventory import complete, from_checkpoint, in_checkpoint, is_bias, released_parts
+from moe.hf.inventory import complete, from_checkpoint, in_checkpoint, is_adapter, is_bias, released_parts
 from moe.hf.places import CHECKPOINTS, Init, Place, find
+from moe.hf.tensors import Layered, Merged, Weights
 from parallel.checkpoint import DTYPES, Checkpoint, open_checkpoint, open_latest
 from parallel.errors import UserError
 from parallel.rectangles import Rectangle
@@ -32,32 +32,6 @@ from parallel.shards import Piece
 logger = logging.getLogger(__name__)
 
 _READERS = 8  # files verified at once
-
-
-class Weights(Protocol):
-    """Canonical tensors of a model. `origin` differs wherever values do."""
-
-    @property
-    def origin(self) -> str:
-        """A checksum that stands for all values."""
-        ...
-
-    @property
-    def names(self) -> Collection[str]:
-        """The canonical names."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole canonical tensor."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As it is stored, or as it is read where the stored form is no dtype of ours."""
-        ...
-
-    def read_into(self, piece: Piece) -> None:
-        """Fill a piece's tensor, cast to its dtype, reading only that."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,11 +61,12 @@ def open_weights(path: Path, *, verify: bool = False) -> Opened:
     checkpoint = _open_saved(place, verify)
     saved = Checkpointed(checkpoint)
     lacking = [name for name in complete(config) if name not in saved.names and not is_bias(name)]
-    init = place.init()
-    if not lacking or init is None:
-        return Opened(checkpoint.folder, config, balance, saved)
-    lower = open_init(init, verify=verify)
-    return Opened(checkpoint.folder, config, balance, Layered(saved, lower))
+    init, weights = place.init(), cast(Weights, saved)
+    if lacking and init is not None:
+        weights = Layered(saved, open_init(init, verify=verify))
+    if any(is_adapter(name) for name in weights.names):
+        weights = Merged(weights, place.lora_scale())
+    return Opened(checkpoint.folder, config, balance, weights)
 
 
 def open_init(init: Init, *, verify: bool = False) -> Weights:
@@ -268,64 +243,3 @@ class Checkpointed:
         """Fill a piece's tensor, cast to its dtype, reading only that."""
         stored = Piece(in_checkpoint(piece.name), piece.shape, piece.offset, piece.tensor)
         self._checkpoint.read_into(stored, cast=True)
-
-
-class Layered:
-    """What is trained over what it was trained from."""
-
-    def __init__(self, upper: Weights, lower: Weights) -> None:
-        self._upper, self._lower = upper, lower
-
-    @property
-    def origin(self) -> str:
-        """That of both."""
-        return hashlib.sha256(f"{self._upper.origin} {self._lower.origin}".encode()).hexdigest()
-
-    @property
-    def names(self) -> Collection[str]:
-        """The canonical names of both."""
-        return {*self._upper.names, *self._lower.names}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole canonical tensor."""
-        return self._holder(name).shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As it is stored where it is read from."""
-        return self._holder(name).dtype(name)
-
-    def read_into(self, piece: Piece) -> None:
-        """Fill a piece's tensor, cast to its dtype, reading only that."""
-        self._holder(piece.name).read_into(piece)
-
-    def _holder(self, name: str) -> Weights:
-        return self._upper if name in self._upper.names else self._lower
-
-
-class Held:
-    """Whole tensors in memory."""
-
-    origin = "memory"
-
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            assert name not in self._tensors, f"{name} came twice"
-            self._tensors[name] = tensor.detach()
-
-    @property
-    def names(self) -> Collection[str]:
-        """The canonical names."""
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole canonical tensor."""
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As it is held."""
-        return self._tensors[name].dtype
-
-    def read_into(self, piece: Piece) -> None:
-        """Fill a piece's tensor, cast to its dtype."""
-        piece.tensor.copy_(self._tensors[piece.name][piece.place])

@@ -27,7 +27,7 @@ from moe.train.environment import environment
 from moe.train.evaluate import evaluate, perplexity, rounds
 from moe.train.record import Recorder
 from moe.train.sample import sample
-from moe.train.step import StepResult, make_trainer, open_loader, read_batches
+from moe.train.step import StepResult, local_batch_size, make_trainer, open_loader, read_batches
 from moe.train.tuning import trained_share
 from moe.train.world import world
 from parallel.checkpoint import Checkpoint, open_checkpoint, open_latest
@@ -161,10 +161,14 @@ class _Run:
         config = self.config
         if not self.validation.sequences_per_epoch:
             return
-        batch_size = config.train.batch_size // self.groups.layout.dp // config.layout.microbatches
         losses = evaluate(
             self.trainer.engine,
-            rounds(self.validation, self.groups, config.train.eval_sequences, batch_size),
+            rounds(
+                self.validation,
+                self.groups,
+                config.train.eval_sequences,
+                local_batch_size(config, self.groups),
+            ),
             self.corpus.domains,
             mask_documents=config.data.separate_documents,
         )

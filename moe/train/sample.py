@@ -17,13 +17,23 @@ def sample(
     context: int,
     seed: int,
     temperature: float = 0.7,
+    stop: int | None = None,
 ) -> list[int]:
-    """Prompt ids followed by `num_tokens` more. Every rank must call, with the same arguments."""
+    """Prompt ids followed by `num_tokens` more, or fewer where `stop` comes, which is left out.
+
+    Temperature 0 takes the likeliest. Every rank must call, with the same arguments.
+    """
     stream = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
-        chances = (next_logits(engine, tokens[-context:]).cpu() / temperature).softmax(-1)
-        tokens.append(int(torch.multinomial(chances, 1, generator=stream)))
+        logits = next_logits(engine, tokens[-context:]).cpu()
+        if temperature == 0:
+            chosen = int(logits.argmax())
+        else:
+            chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=stream))
+        if chosen == stop:
+            break
+        tokens.append(chosen)
     return tokens
 
 

@@ -5,21 +5,16 @@ score (1 / N) times the sum of its gate weights, 0 where it was not chosen. The 
 scores, without the routed scaling factor: thresholds mean the same for every model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moe.config import ModelConfig, RunConfig
-from moe.data.loader import Loader
+from moe.config import ModelConfig
+from moe.data.loader import Batch
 from moe.model.transformer import Microbatch, expert_layers
-from moe.train.engine import Switchyard
-from moe.train.evaluate import rounds
-from moe.train.state import load_weights
-from moe.train.step import make_model
-from parallel.checkpoint import Checkpoint
+from moe.train.engine import Engine
 from parallel.collectives import all_reduce
-from parallel.groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,38 +26,27 @@ class Scores:
     tokens: int
 
 
-def score(
-    config: RunConfig,
-    groups: Groups,
-    device: torch.device,
-    loader: Loader,
-    num_sequences: int,
-    weights: Checkpoint,
-) -> Scores:
-    """Run the first `num_sequences` of a split forward. Every rank must call, and gets the same."""
-    model = make_model(config, groups)
-    load_weights(model, weights)
-    engine = Switchyard(model.requires_grad_(False), config, groups, device)  # with nothing to train
-    names = expert_layers(config.model)
-    sums = torch.zeros(2, len(names), config.model.num_experts, dtype=torch.float64, device=device)
-    batch_size = max(1, config.train.batch_size // groups.layout.dp // config.layout.microbatches)
-    for batch in rounds(loader, groups, num_sequences, batch_size):
-        batch = batch.to(device)
+def score(engine: Engine, batches: Iterable[Batch], *, separate_documents: bool) -> Scores:
+    """Run all ranks' batches forward. Every rank must call (see `rounds`), and gets the same."""
+    config = engine.model.config
+    names = expert_layers(config)
+    sums = torch.zeros(2, len(names), config.num_experts, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        batch = batch.to(engine.device)
         microbatch = Microbatch(
             tokens=batch.tokens,
             labels=batch.labels,  # without labels MTP modules do not run
             valid=batch.valid,
-            documents=batch.documents if config.data.separate_documents else None,
-            loss_weights=(1.0,) * (1 + config.model.num_mtp_layers),
+            documents=batch.documents if separate_documents else None,
+            loss_weights=(1.0,) * (1 + config.num_mtp_layers),
         )
         (outcome,) = engine.forward([microbatch])
         for name, load in outcome.loads.items():
             sums[0, names.index(name)] += load.counts_E
             sums[1, names.index(name)] += load.gates_E
-    engine.close()
-    counts, gates = all_reduce(sums, groups.world).cpu()
-    tokens = counts.sum(1, keepdim=True) / config.model.top_k
-    shares = counts / (tokens * config.model.top_k), gates / (tokens * gate_scale(config.model))
+    counts, gates = all_reduce(sums, engine.groups.world).cpu()
+    tokens = counts.sum(1, keepdim=True) / config.top_k
+    shares = counts / (tokens * config.top_k), gates / (tokens * gate_scale(config))
     token, gate = (dict(zip(names, share.tolist(), strict=True)) for share in shares)
     return Scores(token=token, gate=gate, tokens=int(tokens.max()))
 

@@ -13,7 +13,8 @@ from moe.config import TrainConfig
 from moe.hf.inventory import in_checkpoint, model_pieces
 from moe.hf.load import fill
 from moe.hf.places import INIT, Init, noted_origin
-from moe.hf.weights import Weights, open_init
+from moe.hf.tensors import Weights
+from moe.hf.weights import open_init
 from moe.model.init import init_weights
 from moe.model.transformer import Transformer
 from parallel.files import write_json

@@ -12,7 +12,7 @@ import torch
 from moe.model.transformer import Transformer
 from moe.train.step import Trainer
 from parallel.checkpoint import Checkpoint
-from parallel.shards import Piece, pieces
+from parallel.shards import Piece
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,6 @@ def load(trainer: Trainer, saved: Checkpoint) -> Position:
     position = Position(**saved.state)
     trainer.engine.written(position.step)
     return position
-
-
-def load_weights(model: Transformer, saved: Checkpoint) -> None:
-    """Fill a model alone. What it does not train may be missing, and stays as it is then."""
-    for name, parameter in model.named_parameters():
-        for piece in pieces(f"model/{name}", parameter, parameter.detach().view(-1)):
-            if parameter.requires_grad or piece.name in saved.names:
-                saved.read_into(piece)
-    for piece in _router_state(model):
-        saved.read_into(piece)
 
 
 def _router_state(model: Transformer) -> Iterator[Piece]:

@@ -225,6 +225,11 @@ def make_trainer(
     return Trainer(make_model(config, groups, start), config, groups, num_domains, device)
 
 
+def make_reader(config: RunConfig, groups: Groups, device: torch.device) -> Switchyard:
+    """This rank's stages to be run forward alone: nothing has a gradient or moments."""
+    return Switchyard(make_model(config, groups).requires_grad_(False), config, groups, device)
+
+
 def open_loader(shards: TokenShards, config: RunConfig) -> Loader:
     """The sequences of a split as a run reads them."""
     return Loader(
@@ -240,10 +245,14 @@ def open_loader(shards: TokenShards, config: RunConfig) -> Loader:
 
 def read_batches(loader: Loader, config: RunConfig, groups: Groups, first: int) -> list[Batch]:
     """This rank's microbatches of the global batch that begins at sequence `first`, on the CPU."""
-    parts = config.layout.microbatches
-    size = config.train.batch_size // groups.layout.dp // parts
+    parts, size = config.layout.microbatches, local_batch_size(config, groups)
     first += groups.index("dp") * parts * size
     return [loader.batch(first + index * size, size) for index in range(parts)]
+
+
+def local_batch_size(config: RunConfig, groups: Groups) -> int:
+    """Sequences of one microbatch of a rank."""
+    return config.train.batch_size // groups.layout.dp // config.layout.microbatches
 
 
 def count_by_domain(experts_TK: Tensor, domains: Tensor, num_domains: int, num_experts: int) -> Tensor:

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.config import TuneConfig
-from moe.hf.adapter import SETTINGS, WEIGHTS, load_adapter, merge, merged, save_adapter
+from moe.hf.adapter import SETTINGS, WEIGHTS, load_adapter, merge, save_adapter
 from moe.hf.inventory import complete, is_adapter, model_tensors
+from moe.hf.load import fill
+from moe.hf.tensors import Held, Merged
 from moe.model.transformer import Transformer
 from moe.train.tuning import attach_adapters
 from parallel.errors import UserError
+from parallel.shards import Piece
 from tests.reduced import canonical_parameters
 from tests.small import SMALL_MODEL
 
@@ -41,13 +44,24 @@ def adapted_model(tune: TuneConfig = TUNE, seed: int = 0) -> tuple[Transformer, 
 def test_merged_weights_give_the_same_logits() -> None:
     model, tensors = adapted_model()
     plain = Transformer(CONFIG)
-    for name, tensor in model_tensors(plain):
-        if name in tensors:
-            tensor.copy_(merged(name, tensors.__getitem__, tensors.keys(), TUNE.lora_scale))
+    held = Held({**dict(model_tensors(model)), **tensors}.items())
+    assert fill(plain, Merged(held, TUNE.lora_scale), Path("memory")) == []
     tokens = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, alone = model(tokens), Transformer(CONFIG)(tokens)
         assert (plain(tokens) - ours).norm() < 1e-5 * ours.norm() < 1e-5 * 9 * (ours - alone).norm()
+
+
+def test_a_rectangle_is_merged_by_itself() -> None:
+    """A rank reads no more of an adapter than its own part of the weight needs."""
+    _, tensors = adapted_model()
+    name = "layers.2.moe.experts.7.gate_up.weight"
+    weights = Merged(Held(tensors.items()), TUNE.lora_scale)
+    whole, part = torch.empty(weights.shape(name)), torch.empty(5, 7)
+    weights.read_into(Piece(name, tuple(whole.shape), (0, 0), whole))
+    weights.read_into(Piece(name, tuple(whole.shape), (3, 4), part))
+    torch.testing.assert_close(part, whole[3:8, 4:11], rtol=1e-6, atol=1e-6)
+    assert (whole - tensors[name]).norm() > 0.1 * whole.norm()
 
 
 def test_a_model_file_holds_no_adapters() -> None:

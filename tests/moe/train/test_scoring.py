@@ -15,13 +15,13 @@ from moe.data.corpus import prepare
 from moe.model.router import Router
 from moe.rules import validate
 from moe.selection import read_selection
+from moe.train.evaluate import rounds
 from moe.train.scoring import Scores, score
 from moe.train.state import Position
-from moe.train.step import open_loader
+from moe.train.step import local_batch_size, make_reader, open_loader
 from moe.train.world import groups_of
-from parallel.checkpoint import open_checkpoint
 from parallel.errors import UserError
-from parallel.groups import single
+from parallel.groups import Groups, single
 from tests.moe.train.test_state import save
 from tests.moe.train.test_step import steps
 from tests.ranks import run_ranks
@@ -41,10 +41,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     return config, folder / "base"
 
 
-def scored(config: RunConfig, folder: Path, groups: object = None) -> Scores:
+def scored(config: RunConfig, folder: Path, groups: Groups | None = None) -> Scores:
+    config = replace(config, train=replace(config.train, init=str(folder)))
+    engine = make_reader(config, groups or single(), torch.device("cpu"))
+    assert list(engine.zero.segments()) == []  # nothing to train: no gradients, no moments
     loader = open_loader(prepare(config.data, config.model.vocab_size).train, config)
-    weights = open_checkpoint(folder / "checkpoints" / "step-1")
-    return score(config, groups or single(), torch.device("cpu"), loader, SEQUENCES, weights)  # type: ignore[arg-type]
+    batches = rounds(loader, engine.groups, SEQUENCES, local_batch_size(config, engine.groups))
+    found = score(engine, batches, separate_documents=False)
+    engine.close()
+    return found
 
 
 def on_ranks(rank: int, world_size: int, config: RunConfig, folder: Path) -> Scores:
@@ -97,7 +102,7 @@ def test_the_command_writes_a_selection_that_can_be_trained(
     other = tmp_path / "law.jsonl"
     other.write_text((folder.parent / "corpus.jsonl").read_text().split("\n", 20)[-1])
     out = tmp_path / "law.json"
-    words = [f"run={folder}", f"data.paths=[{other}]", "--sequences", "5", "--out", str(out)]
+    words = [str(folder), f"data.paths=[{other}]", "--sequences", "5", "--out", str(out)]
     plan = select.make_plan(words)
     assert plan.threshold == 0.2 and plan.score == "token"
     assert plan.config.data.tokenizer == str(prepare(config.data, 320).tokenizer_path)
@@ -116,7 +121,7 @@ def test_the_command_writes_a_selection_that_can_be_trained(
     assert "of 24 experts" in printed
     with pytest.raises(UserError, match="must lie above 0"):
         select.make_plan([*words, "--threshold", "0"])
-    with pytest.raises(UserError, match="name the run"):
-        select.make_plan(words[1:])
+    with pytest.raises(UserError, match="weights must come from"):
+        select.make_plan([str(tmp_path), *words[1:]])
     with pytest.raises(UserError, match=r"tune\.method=esft"):
         esft.export([str(folder), str(tmp_path / "adapter")])

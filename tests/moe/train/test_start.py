@@ -15,7 +15,8 @@ from moe.hf.convert import plan_from_hf, plan_to_hf
 from moe.hf.inventory import complete, in_checkpoint
 from moe.hf.load import open_model
 from moe.hf.places import noted_origin
-from moe.hf.weights import Checkpointed, Layered, open_weights
+from moe.hf.tensors import Layered
+from moe.hf.weights import Checkpointed, open_weights
 from moe.train import start, state
 from moe.train.loop import train
 from moe.train.state import Position

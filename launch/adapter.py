@@ -1,12 +1,11 @@
 """`switchyard convert to-peft`: the adapters of a LoRA run as a folder that PEFT and servers read."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from launch import compose
+from launch.options import Parser
 from launch.train import CONFIG
 from moe.hf.adapter import save_adapter
 from parallel.checkpoint import open_latest
@@ -15,14 +14,9 @@ from parallel.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see `switchyard convert to-peft --help`")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Write the adapters of a run's newest checkpoint, and return the exit code."""
-    parser = _Parser(prog="switchyard convert to-peft", allow_abbrev=False, add_help=False)
+    parser = Parser("convert to-peft")
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base")

@@ -5,25 +5,21 @@ themselves and share the files out. They need no process group: what each has fi
 unfinished folder, for this process, which makes the index, and for the next call, should this one be killed.
 """
 
-import argparse
-import json
 import logging
 import signal
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
+from launch.handover import hand_over, take_over
+from launch.options import Parser
 from launch.ranks import AS_RANK, rank_command, started_ranks
-from moe.rules import build
 from moe.telemetry.transfer import Transfer
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
     from moe.hf.save import Conversion
-
-JOB = "job.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +52,8 @@ def _main(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> int
     return _convert(job, processes)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: `switchyard {self.prog} --help` says how it is used")
-
-
 def _parse(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> tuple[Job, int]:
-    parser = _Parser(prog=f"convert {command}", allow_abbrev=False, add_help=False)
+    parser = Parser(f"convert {command}")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--processes", type=int, default=1)
@@ -90,7 +81,7 @@ def _convert(job: Job, processes: int) -> int:
     from parallel.assembly import Assembly
 
     if job.command == "to-hf":
-        job = Job(**asdict(job) | {"source": str(verified(Path(job.source)))})
+        job = replace(job, source=str(verified(Path(job.source))))
     plan = _plan(job)
     with Assembly(Path(job.target)) as assembly:
         assembly.begin(plan.files)
@@ -107,9 +98,8 @@ def _convert(job: Job, processes: int) -> int:
 def _write_on_ranks(job: Job, processes: int) -> int:
     from launch.local import start_ranks
 
-    with tempfile.TemporaryDirectory(prefix="switchyard-") as name:
-        (Path(name) / JOB).write_text(json.dumps(asdict(job)))
-        return start_ranks(processes, rank_command(f"convert {job.command}", Path(name)), 1)
+    with hand_over(job) as folder:
+        return start_ranks(processes, rank_command(f"convert {job.command}", folder), 1)
 
 
 def _be_rank(folder: Path) -> None:
@@ -117,7 +107,7 @@ def _be_rank(folder: Path) -> None:
 
     ranks = started_ranks()
     assert ranks is not None
-    job = build(Job, json.loads((folder / JOB).read_text()))
+    job = take_over(Job, folder)
     logging.disable(logging.WARNING)  # the process that planned first has said it
     with Assembly(Path(job.target)) as assembly:
         assembly.join()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.options import Parser
 from launch.output import check_json, write_json
 from moe.telemetry.sinks import replace_file
 from parallel.errors import UserError
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="switchyard schedule", allow_abbrev=False, add_help=False)
+    parser = Parser("schedule")
     parser.add_argument("name", nargs="?")
     for name in ("--ranks", "--microbatches"):
         parser.add_argument(name, type=int, required=True)

@@ -1,11 +1,11 @@
 """`switchyard select-experts`: score a model's experts on data, and write which of them to train."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
+from launch.options import Parser
 from launch.together import Together
 from launch.use import settings
 from moe.config import RunConfig
@@ -34,14 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     ).main(arguments)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: `switchyard select-experts --help` says how it is used")
-
-
 def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     """Compose and check the settings. Text is cut into tokens as the model's own was."""
-    parser = _Parser(prog="switchyard select-experts", allow_abbrev=False, add_help=False)
+    parser = Parser("select-experts")
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--score", choices=tuple(THRESHOLDS), default="token")

@@ -3,14 +3,13 @@
 Both take a run, a checkpoint, a converted or a Hugging Face folder, on one rank or under any layout.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from launch import compose
 from launch.inherit import begin_from
+from launch.options import Parser
 from launch.output import check_json
 from launch.together import Together
 from launch.train import CONFIG
@@ -42,11 +41,6 @@ class GeneratePlan:
     tokens: int
     temperature: float
     chat: bool
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: `{self.prog} --help` says how it is used")
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -88,7 +82,7 @@ def settings(model: str, overrides: Sequence[str], world_size: int | None) -> tu
 
 
 def _evaluate_plan(arguments: Sequence[str], world_size: int | None) -> EvaluatePlan:
-    parser = _Parser(prog="switchyard evaluate", allow_abbrev=False, add_help=False)
+    parser = Parser("evaluate")
     parser.add_argument("model")
     parser.add_argument("--choices", type=Path)
     parser.add_argument("--all", action="store_true")
@@ -110,7 +104,7 @@ def _evaluate_plan(arguments: Sequence[str], world_size: int | None) -> Evaluate
 
 
 def _generate_plan(arguments: Sequence[str], world_size: int | None) -> GeneratePlan:
-    parser = _Parser(prog="switchyard generate", allow_abbrev=False, add_help=False)
+    parser = Parser("generate")
     parser.add_argument("model")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=100)

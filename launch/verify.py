@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from launch import compose
 from launch.cases import Plan, single, sweep
+from launch.options import Parser
 from launch.output import check_json
 from launch.shrink import changes, shrink
 from launch.together import Together
@@ -39,11 +39,6 @@ def _prove(plan: Plan, folder: Path) -> int:
     from launch.prove import prove
 
     return AGREE if prove(plan, folder) else DIFFER
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: `switchyard verify --help` says how it is used")
 
 
 def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
@@ -105,7 +100,7 @@ def in_fp32(config: RunConfig) -> RunConfig:
 
 
 def _parse(arguments: Sequence[str], world_size: int | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="switchyard verify", allow_abbrev=False, add_help=False)
+    parser = Parser("verify")
     for flag in ("--sweep", "--full", "--shrink"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--ranks", type=int, default=world_size)

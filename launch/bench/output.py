@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.options import Parser
 from launch.output import check_json
 from parallel.errors import UserError
 
@@ -13,7 +14,7 @@ def parse(name: str, arguments: Sequence[str], **defaults: int) -> argparse.Name
 
     They are positive; one whose default is 0 may be 0.
     """
-    parser = argparse.ArgumentParser(prog=f"switchyard bench {name}")
+    parser = Parser(f"bench {name}")
     for option, default in defaults.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--json", type=Path)

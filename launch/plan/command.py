@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import compose
+from launch.options import Parser
 from launch.output import check_json, write_json
 from moe.config import RunConfig
 from parallel.errors import UserError
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="switchyard plan", allow_abbrev=False, add_help=False)
+    parser = Parser("plan")
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--imbalance", type=float, default=IMBALANCE)
     parser.add_argument("--compare", action="store_true")

@@ -1,4 +1,4 @@
-"""What recipes say of themselves is so: their models are the released ones, and they need the stated memory."""
+"""What recipes say of themselves is so: models are the released ones, and memory is what the plan says."""
 
 import json
 import random

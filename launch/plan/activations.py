@@ -115,7 +115,7 @@ def phases(micro: Microbatch, part: Part) -> list[Phase]:
 
 def _mask(micro: Microbatch) -> int:
     length = micro.config.data.sequence_length
-    masked = micro.config.data.mask_documents and micro.layout.cp == 1
+    masked = micro.config.data.separate_documents and micro.layout.cp == 1
     return micro.sequences * length**2 if masked else 0
 
 

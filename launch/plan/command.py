@@ -89,6 +89,11 @@ def _table(asked: "Estimate") -> list[str]:
         lines.append(
             f"{rank.rank:6}" + "".join(f"{cell:13.2f}" for cell in cells) + f"   [{bar:<{_BAR}}]{over}"
         )
+    fullest = asked.fullest
+    kept = ", ".join(f"{name} {held / 1e9:.2f}" for name, held in fullest.kept.items() if held > 5e6)
+    lines.append(
+        f"\na microbatch keeps on rank {fullest.rank}, {fullest.in_flight} of them at the peak: {kept} GB"
+    )
     return lines
 
 

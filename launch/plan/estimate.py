@@ -4,7 +4,8 @@ A rank's peak is what it holds all the time (static.py), the most that its micro
 an allowance for what no tensor of ours accounts for. Ranks of one pipeline stage are alike.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -33,6 +34,7 @@ class RankBytes:
     optimizer_bytes: int
     activations_bytes: int
     buffers_bytes: int
+    kept: Mapping[str, int]  # by a microbatch on the rank's stages, from forward to backward, by phase
 
     @property
     def total_bytes(self) -> int:
@@ -94,7 +96,7 @@ def estimate(config: RunConfig, imbalance: float) -> Estimate:
     for place in range(layout.pp):
         rank = place * layout.stage_size
         static, most = static_bytes(config, layout, rank), peak(schedule, place, stages)
-        rows = min(most.rows, most.bytes)
+        kept = sum((Counter(stages[stage].by_phase) for stage in schedule.stages[place]), Counter[str]())
         ranks.append(
             RankBytes(
                 rank=rank,
@@ -102,8 +104,9 @@ def estimate(config: RunConfig, imbalance: float) -> Estimate:
                 weights_bytes=static.weights,
                 gradients_bytes=static.gradients,
                 optimizer_bytes=static.optimizer,
-                activations_bytes=most.bytes - rows,
-                buffers_bytes=rows + 4 * boundary + static.travelling + ALLOWANCE,
+                activations_bytes=most.bytes - most.rows,
+                buffers_bytes=most.rows + 4 * boundary + static.travelling + ALLOWANCE,
+                kept=dict(kept),
             )
         )
     memory = round(config.cluster.memory_gb * 1e9)

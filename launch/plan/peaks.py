@@ -21,6 +21,7 @@ class Stage:
     """A microbatch on a stage: what it keeps, and what its parts take while they run."""
 
     kept: int
+    by_phase: Mapping[str, int]  # the same, by the phases' names
     rows: int  # of that, what exchanges sent and received
     waiting: int  # what weight gradients that are put off keep
     forward: Curve
@@ -31,7 +32,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Peak:
-    """The greatest sum on a rank, in bytes, and how much of it is exchanged rows."""
+    """The greatest sum on a rank, in bytes, and how much of it is exchanged rows, as in what is kept."""
 
     bytes: int = 0
     rows: int = 0
@@ -41,8 +42,12 @@ class Peak:
 def stage_of(phases: Sequence[Phase], *, recompute: bool) -> Stage:
     """Sum up a stage's phases."""
     kept = [phase.outputs + (0 if recompute else phase.inside) for phase in phases]
+    by_phase: Counter[str] = Counter()
+    for phase, stays in zip(phases, kept, strict=True):
+        by_phase[phase.name] += stays
     return Stage(
         kept=sum(kept),
+        by_phase=by_phase,
         rows=sum(phase.outputs for phase in phases if phase.is_exchange),
         waiting=sum(phase.rows + phase.grads for phase in phases),
         forward=_forward(phases, kept),
@@ -93,8 +98,9 @@ def peak(schedule: Schedule, rank: int, stages: Mapping[int, Stage]) -> Peak:
         for action in slot:
             flights[action.stage] += action.kind == "F"
         if held + taken > most.bytes:
+            kept = sum(count * stages[stage].kept for stage, count in flights.items())
             rows = sum(count * stages[stage].rows for stage, count in flights.items())
-            most = Peak(held + taken, rows, flights.total())
+            most = Peak(held + taken, (held + taken) * rows // max(1, kept), flights.total())
         for action in slot:
             stage = stages[action.stage]
             apart = (action.microbatch, action.stage) in schedule.apart

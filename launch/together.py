@@ -68,6 +68,9 @@ class Together(Generic[P]):
         from launch.local import start_ranks  # imports torch
 
         with hand_over(plan) as folder:
+            if plan.ranks == 1:  # this process will do
+                _set_threads(plan)
+                return self.run(plan, folder)
             code = start_ranks(plan.ranks, rank_command(self.command, folder), plan.config.launch.threads)
             return code or int((folder / CODE).read_text())
 
@@ -98,11 +101,8 @@ class Together(Generic[P]):
         return DONE
 
     def _be_rank(self, folder: Path, meeting: Meeting) -> int:
-        from torch import set_num_threads
-
         plan = take_over(self.plan, folder)
-        if plan.config.launch.threads is not None:  # torchrun and srun know nothing of this setting
-            set_num_threads(plan.config.launch.threads)
+        _set_threads(plan)
         try:
             code = self.run(plan, folder)
         except UserError as error:
@@ -112,6 +112,14 @@ class Together(Generic[P]):
         if code != DONE:
             meeting.part(PARTING)
         return code
+
+
+def _set_threads(plan: Plan) -> None:
+    """As the settings say: torchrun and srun know nothing of them."""
+    from torch import set_num_threads
+
+    if plan.config.launch.threads is not None:
+        set_num_threads(plan.config.launch.threads)
 
 
 def _die_of_signals() -> None:

@@ -21,6 +21,8 @@ SMALL = [
     *("train.steps=2", "train.eval_sequences=8", "train.sample_tokens=2"),
     f"data.cache={ROOT / '.cache/data'}",  # where other tests find the same corpus
 ]
+TUNED = ["train.steps=2", "train.eval_sequences=8", SMALL[-1]]  # the model is that of the run before
+CONTINUED = ["train.steps=4", "optim.begin_step=2"]
 
 
 def blocks(language: str) -> list[str]:
@@ -49,8 +51,12 @@ def runnable(command: str) -> list[str]:
     words = shlex.split(command)
     python = {"./switchyard": ["-m", "launch"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     words = [sys.executable, *python, *words[1:]]
+    if "recipe=tiny_sft" in words or "run=tiny_sft" in words:
+        return words + (CONTINUED if "run=tiny_sft" in words else TUNED)
     if "train" in words or "launch.train" in words:
         return words + SMALL
+    if "select-experts" in words:
+        return [*words, SMALL[-1], "--sequences", "2"]
     if "verify" in words:
         ranks = ["--ranks", "2"] if "--sweep" in words else []
         return [*words, *ranks, "--steps", "1", *SMALL]

@@ -64,7 +64,7 @@ def from_saved(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_config(config: RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings under further overrides."""
-    return _compose(config, RECIPES, "base", overrides)
+    return _compose(config, RECIPES, "base", _name_machines(overrides))
 
 
 def find_recipe(recipe: str) -> Path:

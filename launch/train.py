@@ -75,6 +75,11 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
         config = compose.from_saved(folder / CONFIG, overrides)
         _check_same_model(run, saved, config)
     else:
+        if config.optim.begin_step:
+            raise UserError(
+                f"`optim.begin_step` must be 0 in a new run, but is {config.optim.begin_step}: set it to go on "
+                "with a run that ended there"
+            )
         config, notes = begin_from(config, overrides)
     layout = validate(config, world_size)
     notes += (*layout.across_nodes(config.cluster.gpus_per_node), *tuning_notes(config))

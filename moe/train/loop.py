@@ -63,6 +63,12 @@ class _Run:
             open_loader(shards, config) for shards in (self.corpus.train, self.corpus.validation)
         )
         self.position = state.load(self.trainer, saved) if saved else state.Position()
+        step, begin = self.position.step, config.optim.begin_step
+        if begin > step:
+            raise UserError(
+                f"`optim.begin_step` must not lie ahead of the run, which is at step {step}, but is {begin}: use "
+                f"at most {step}"
+            )
         self.saver = Saver(
             run / "checkpoints",
             groups.world,

@@ -140,3 +140,8 @@ def test_dry_run_prints_yaml_that_reads_back(capsys, here: Path) -> None:
     assert compose.parse_yaml(out) == compose.from_recipe("tiny", [*RUN, "layout.ep=2"])
     assert "# run runs/tiny (new), recipe tiny\n# launch 2 x " in out
     assert set(here.rglob("*")) == before
+
+
+def test_a_new_run_begins_its_schedule_at_once() -> None:
+    with pytest.raises(UserError, match=r"`optim\.begin_step` must be 0 in a new run, but is 3"):
+        begin("run=x", "optim.begin_step=3")

@@ -77,8 +77,8 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     else:
         if config.optim.begin_step:
             raise UserError(
-                f"`optim.begin_step` must be 0 in a new run, but is {config.optim.begin_step}: set it to go on "
-                "with a run that ended there"
+                f"`optim.begin_step` must be 0 in a new run, but is {config.optim.begin_step}: set it to "
+                "go on with a run that ended there"
             )
         config, notes = begin_from(config, overrides)
     layout = validate(config, world_size)

@@ -66,8 +66,8 @@ class _Run:
         step, begin = self.position.step, config.optim.begin_step
         if begin > step:
             raise UserError(
-                f"`optim.begin_step` must not lie ahead of the run, which is at step {step}, but is {begin}: use "
-                f"at most {step}"
+                f"`optim.begin_step` must not lie ahead of the run, which is at step {step}, but is {begin}: "
+                f"use at most {step}"
             )
         self.saver = Saver(
             run / "checkpoints",

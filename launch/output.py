@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.sinks import finite, replace_file
 from parallel.errors import UserError
 
 
@@ -15,6 +15,6 @@ def check_json(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Write a result, if it was asked for."""
+    """Write a result, if it was asked for; NaN and infinities become null."""
     if path:
-        replace_file(path, json.dumps(result, indent=2, allow_nan=False).encode())
+        replace_file(path, json.dumps(finite(result), indent=2, allow_nan=False).encode())

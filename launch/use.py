@@ -12,9 +12,9 @@ from launch.inherit import begin_from
 from launch.options import Parser
 from launch.output import check_json
 from launch.together import Together
-from launch.train import CONFIG
 from moe.config import BalanceConfig, LayoutConfig, OptimConfig, RunConfig, TuneConfig
 from moe.data.corpus import prepare
+from moe.hf.places import COMPANIONS, SETTINGS, find
 from moe.rules import validate
 from parallel.errors import UserError
 
@@ -64,10 +64,10 @@ def generate(arguments: Sequence[str]) -> int:
 def settings(model: str, overrides: Sequence[str], world_size: int | None) -> tuple[RunConfig, int]:
     """The settings under which a model is used, and the ranks that takes; one unless `layout` says more.
 
-    Data and precision of a run are its own; of a folder, the defaults.
+    Data and precision of a run, or of a checkpoint of one, are its own; of a folder, the defaults.
     """
     path = Path(model).expanduser()
-    saved = compose.read_yaml(path / CONFIG) if (path / CONFIG).is_file() else RunConfig()
+    saved = _saved(path)
     balance = BalanceConfig(bias="none" if saved.balance.bias == "none" else "frozen")
     base = replace(
         saved,
@@ -79,6 +79,13 @@ def settings(model: str, overrides: Sequence[str], world_size: int | None) -> tu
     )
     config, _ = begin_from(compose.from_config(base, overrides), overrides)
     return config, validate(config, world_size).world_size
+
+
+def _saved(path: Path) -> RunConfig:
+    """The settings of the run that lies at a path, or that a checkpoint there is of; else the defaults."""
+    place = find(path)
+    is_run = not place.is_hf and not (place.folder / COMPANIONS).is_dir()  # a converted folder has these
+    return compose.read_yaml(place.folder / SETTINGS) if is_run else RunConfig()
 
 
 def _evaluate_plan(arguments: Sequence[str], world_size: int | None) -> EvaluatePlan:
@@ -112,7 +119,7 @@ def _generate_plan(arguments: Sequence[str], world_size: int | None) -> Generate
     parser.add_argument("--chat", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
     for name, least in (("tokens", 1), ("temperature", 0)):
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:  # nor is `nan`
             raise UserError(f"`--{name}` must be at least {least}, but is {getattr(options, name)}: raise it")
     config, ranks = settings(options.model, overrides, world_size)
     return GeneratePlan(

@@ -1,6 +1,6 @@
 """What a rank of `switchyard evaluate` or `switchyard generate` does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -14,16 +14,17 @@ from launch.output import write_json
 from launch.use import EvaluatePlan, GeneratePlan
 from moe.config import RunConfig
 from moe.data.corpus import prepare
-from moe.data.template import ChatTemplate, read_template
-from moe.data.tokenizer import end_of_document, open_tokenizer
+from moe.data.template import BadChat, ChatTemplate, read_template
+from moe.data.tokenizer import check_tokenizer, end_of_document, open_tokenizer
 from moe.rules import validate
-from moe.train.choices import Grade, grade, read_questions
+from moe.train.choices import Grade, Question, grade, read_questions
 from moe.train.engine import Engine, Switchyard
 from moe.train.evaluate import evaluate as losses_of
 from moe.train.evaluate import perplexity, rounds
 from moe.train.sample import sample
 from moe.train.step import local_batch_size, make_reader, open_loader
 from moe.train.world import world
+from parallel.errors import UserError
 from parallel.groups import build_groups
 
 
@@ -40,6 +41,7 @@ def reading(config: RunConfig) -> Iterator[Switchyard]:
 def evaluate(plan: EvaluatePlan) -> int:
     """Print losses and grades as tables, and write them if asked; 0."""
     config, found = plan.config, dict[str, Any]()
+    questions = read_questions(Path(plan.choices)) if plan.choices else []
     with reading(config) as engine:
         speaks = engine.groups.rank == 0
         if plan.text:
@@ -47,8 +49,8 @@ def evaluate(plan: EvaluatePlan) -> int:
             found["losses"] = {d: {"loss": x, "perplexity": perplexity(x)} for d, x in losses.items()}
             if speaks:
                 print(_loss_table(losses), flush=True)
-        if plan.choices:
-            grades = _grades(engine, plan)
+        if questions:
+            grades = _grades(engine, config, questions)
             found["choices"] = {domain: asdict(each) for domain, each in grades.items()}
             if speaks:
                 print(_grade_table(grades), flush=True)
@@ -62,8 +64,7 @@ def generate(plan: GeneratePlan) -> int:
     config = plan.config
     tokenizer = _tokenizer(config)
     if plan.chat:
-        template = ChatTemplate(read_template(config.data.template, config.data.tokenizer), tokenizer)
-        prompt, stop = template.prompt([{"role": "user", "content": plan.prompt}]), template.eos
+        prompt, stop = _question(config, tokenizer, plan.prompt)
     else:
         stop = end_of_document(tokenizer)
         prompt = tokenizer.encode(plan.prompt, add_special_tokens=False).ids or [stop]
@@ -83,30 +84,47 @@ def generate(plan: GeneratePlan) -> int:
     return 0
 
 
+def _question(config: RunConfig, tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
+    """A user's message in the chat template, and what ends the answer."""
+    template = ChatTemplate(read_template(config.data.template, config.data.tokenizer), tokenizer)
+    try:
+        return template.prompt([{"role": "user", "content": text}]), template.eos
+    except BadChat as error:
+        raise UserError(
+            f"`data.template` must take a user's message, but does not ({error}): name another template"
+        ) from None
+
+
 def _losses(engine: Engine, plan: EvaluatePlan) -> dict[str, float]:
     config = plan.config
     corpus = prepare(config.data, config.model.vocab_size)
     splits = [corpus.validation, corpus.train] if plan.everything else [corpus.validation]
     loaders = [open_loader(shards, config) for shards in splits if shards.num_tokens]
+    if not loaders:
+        raise UserError(
+            "`data.paths` must hold documents for validation, but none is held out: set `--all` or a larger "
+            "`data.validation_fraction`"
+        )
     size = local_batch_size(config, engine.groups)
     batches = chain.from_iterable(rounds(loader, engine.groups, None, size) for loader in loaders)
     return losses_of(engine, batches, corpus.domains, mask_documents=config.data.separate_documents)
 
 
-def _grades(engine: Engine, plan: EvaluatePlan) -> dict[str, Grade]:
-    assert plan.choices is not None
+def _grades(engine: Engine, config: RunConfig, questions: Sequence[Question]) -> dict[str, Grade]:
     return grade(
         engine,
-        _tokenizer(plan.config),
-        read_questions(Path(plan.choices)),
-        context=plan.config.data.sequence_length,
-        batch_size=local_batch_size(plan.config, engine.groups),
+        _tokenizer(config),
+        questions,
+        context=config.model.max_context,
+        batch_size=local_batch_size(config, engine.groups),
     )
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
     assert config.data.tokenizer is not None, "weights come with their tokenizer"
-    return open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    check_tokenizer(tokenizer, config.model.vocab_size)
+    return tokenizer
 
 
 def _loss_table(losses: dict[str, float]) -> str:

@@ -64,8 +64,7 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
 
     Raises `UserError` for paths, rows, tokenizers or a cache that will not do; nothing is left behind then.
     """
-    is_chat = config.format == "chat"
-    files = list_files(config.paths, CHAT_SUFFIXES if is_chat else SUFFIXES)
+    files = _files(config)
     cache = Path(config.cache).expanduser()
     folder = cache / _fingerprint(files, config, vocab_size)
     corpus = _open(folder)
@@ -83,10 +82,14 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
 def cached(config: DataConfig, vocab_size: int) -> Corpus | None:
     """The corpus of these settings if it was prepared before and what it was made from is still there."""
     try:
-        files = list_files(config.paths)
+        files = _files(config)
         return _open(Path(config.cache).expanduser() / _fingerprint(files, config, vocab_size))
     except UserError:
         return None
+
+
+def _files(config: DataConfig) -> list[SourceFile]:
+    return list_files(config.paths, CHAT_SUFFIXES if config.format == "chat" else SUFFIXES)
 
 
 def _fingerprint(files: Sequence[SourceFile], config: DataConfig, vocab_size: int) -> str:

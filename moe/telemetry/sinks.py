@@ -22,7 +22,7 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row of plain values and flush it; NaN and infinities become null."""
-        self._file.write(json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.write(json.dumps(finite(row), allow_nan=False, separators=(",", ":")) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -38,13 +38,14 @@ class JsonLines:
         self.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A plain value as JSON can hold it: NaN and infinities, however deep, become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

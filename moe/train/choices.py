@@ -53,7 +53,7 @@ class Grade:
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file. UserError naming the line where there is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`--choices` must be a JSONL file, but {path} cannot be read ({error})") from None
     found = [
@@ -70,7 +70,7 @@ def _question(line: str, where: str, domain: str) -> Question:
     try:
         row: dict[str, Any] = json.loads(line)
         context, choices, answer = row["context"], row["choices"], row["answer"]
-        texts = isinstance(context, str) and all(isinstance(choice, str) and choice for choice in choices)
+        texts = isinstance(context, str) and isinstance(choices, list) and all(map(_is_text, choices))
         if texts and type(answer) is int and 0 <= answer < len(choices):
             return Question(context, tuple(choices), answer, str(row.get("domain", domain)))
         reason = "`choices` are texts and `answer` is the number of one of them, from 0"
@@ -80,6 +80,10 @@ def _question(line: str, where: str, domain: str) -> Question:
         f'`--choices` must hold rows {{"context", "choices", "answer"}}, but {where} does not ({reason}): '
         "mend or remove the line"
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def grade(
@@ -96,8 +100,8 @@ def grade(
         sums = [next(scores) for _ in question.choices]
         means = [total / len(c.encode()) for total, c in zip(sums, question.choices, strict=True)]
         answered = _best(sums) == question.answer, _best(means) == question.answer
-        right[ALL].append(answered)
-        right.setdefault(question.domain, []).append(answered)
+        for domain in {ALL, question.domain}:  # one, where a domain is called that
+            right.setdefault(domain, []).append(answered)
     return {
         domain: Grade(len(each), *(sum(column) / len(each) for column in zip(*each, strict=True)))
         for domain, each in right.items()

@@ -1,6 +1,7 @@
 """From the released layout to ours and back: bit for bit, one tensor in memory, every mistake named."""
 
 import json
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moe.hf import weights as reading
 from moe.hf.convert import plan_from_hf, plan_to_hf
-from moe.hf.inventory import complete, model_tensors
+from moe.hf.inventory import complete, model_tensors, released_parts
 from moe.hf.load import open_model
 from moe.hf.save import Conversion
 from moe.hf.weights import open_weights
@@ -20,10 +21,13 @@ from parallel.assembly import Assembly
 from parallel.checkpoint import open_checkpoint
 from parallel.errors import UserError
 from tests.moe.hf.shards import TINY_LITE, damage, lite_folder, shard, write_sums
+from tests.released import V2_LITE
 
 TINY_V3 = replace(
     TINY_LITE, score_function="sigmoid", group_score="top2_sum", normalize_top_k=True, num_mtp_layers=1
 )
+
+ATTENTION = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 
 
 def make(target: Path, plan: Conversion) -> Path:
@@ -43,6 +47,33 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return same_names and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
     )
+
+
+def test_files_are_laid_out_as_released(tmp_path: Path) -> None:
+    """Four shards, an index that knows their bytes, and every expert's matrices by themselves."""
+    released = lite_folder(tmp_path / "released")
+    names = [f"model-{number:05d}-of-000004.safetensors" for number in (1, 2, 3, 4)]
+    assert sorted(path.name for path in released.glob("*.safetensors")) == names
+    index = json.loads((released / "model.safetensors.index.json").read_text())
+    stored = files_of(released)
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in stored.values())}
+    assert index["weight_map"].keys() == stored.keys() and sorted(set(index["weight_map"].values())) == names
+    block = {"input_layernorm", "post_attention_layernorm", *(f"self_attn.{part}" for part in ATTENTION)}
+    experts = [f"mlp.experts.{expert}" for expert in range(8)] + ["mlp.shared_experts"]
+    sparse = {f"{mlp}.{part}_proj" for mlp in experts for part in ("gate", "up", "down")} | {"mlp.gate"}
+    dense = {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    expected = {f"model.layers.{layer}.{part}.weight" for layer in (1, 2) for part in block | sparse}
+    expected |= {f"model.layers.0.{part}.weight" for part in block | dense}
+    assert stored.keys() == expected | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert stored["model.layers.1.mlp.experts.7.up_proj.weight"].shape == (16, 32)
+
+
+def test_the_release_has_as_many_tensors_and_bytes() -> None:
+    """Those of DeepSeek-V2-Lite's own index."""
+    shapes = complete(V2_LITE).items()
+    parts = [part for name, shape in shapes for part in released_parts(name, tuple(shape), V2_LITE)]
+    assert len(parts) == len({name for name, _ in parts}) == 5291
+    assert sum(2 * math.prod(place.extent) for _, place in parts) == 31_412_968_448
 
 
 @pytest.mark.parametrize("config", [TINY_LITE, TINY_V3], ids=["v2-lite", "v3"])

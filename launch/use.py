@@ -12,9 +12,9 @@ from launch.inherit import begin_from
 from launch.options import Parser
 from launch.output import check_json
 from launch.together import Together
-from moe.config import BalanceConfig, LayoutConfig, OptimConfig, RunConfig, TuneConfig
+from moe.config import BalanceConfig, LayoutConfig, OptimConfig, RunConfig, TrainConfig, TuneConfig
 from moe.data.corpus import prepare
-from moe.hf.places import COMPANIONS, SETTINGS, find
+from moe.hf.places import SETTINGS, find
 from moe.rules import validate
 from parallel.errors import UserError
 
@@ -64,28 +64,32 @@ def generate(arguments: Sequence[str]) -> int:
 def settings(model: str, overrides: Sequence[str], world_size: int | None) -> tuple[RunConfig, int]:
     """The settings under which a model is used, and the ranks that takes; one unless `layout` says more.
 
-    Data and precision of a run, or of a checkpoint of one, are its own; of a folder, the defaults.
+    Data and precision of a run, or of a checkpoint of one, are its own; a folder's precision is that of the
+    stored weights.
     """
     path = Path(model).expanduser()
-    saved = _saved(path)
-    balance = BalanceConfig(bias="none" if saved.balance.bias == "none" else "frozen")
+    place = find(path)
+    saved = compose.read_yaml(place.folder / SETTINGS) if place.is_run else _as_stored(path)
     base = replace(
         saved,
         layout=LayoutConfig(),
         optim=OptimConfig(),
         train=replace(saved.train, init=str(path)),
-        balance=balance,
+        balance=BalanceConfig(bias="none" if saved.balance.bias == "none" else "frozen"),
         tune=TuneConfig(),
     )
     config, _ = begin_from(compose.from_config(base, overrides), overrides)
     return config, validate(config, world_size).world_size
 
 
-def _saved(path: Path) -> RunConfig:
-    """The settings of the run that lies at a path, or that a checkpoint there is of; else the defaults."""
-    place = find(path)
-    is_run = not place.is_hf and not (place.folder / COMPANIONS).is_dir()  # a converted folder has these
-    return compose.read_yaml(place.folder / SETTINGS) if is_run else RunConfig()
+def _as_stored(path: Path) -> RunConfig:
+    """The defaults, with weights held as they lie in a folder."""
+    import torch
+
+    from moe.hf.weights import open_weights
+
+    is_wide = open_weights(path).weights.dtype("embedding.weight") == torch.float32
+    return RunConfig(train=TrainConfig(precision="fp32" if is_wide else "bf16"))
 
 
 def _evaluate_plan(arguments: Sequence[str], world_size: int | None) -> EvaluatePlan:
@@ -99,7 +103,7 @@ def _evaluate_plan(arguments: Sequence[str], world_size: int | None) -> Evaluate
     if options.choices and not options.choices.is_file():
         raise UserError(f"`--choices` must be a JSONL file, but {options.choices} does not exist: name one")
     config, ranks = settings(options.model, overrides, world_size)
-    asks_for_text = options.all or any(word.startswith("data.") for word in overrides)
+    asks_for_text = options.all or any(word.startswith("data.paths=") for word in overrides)
     return EvaluatePlan(
         config=config,
         ranks=ranks,

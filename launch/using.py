@@ -15,7 +15,7 @@ from launch.use import EvaluatePlan, GeneratePlan
 from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.data.template import BadChat, ChatTemplate, read_template
-from moe.data.tokenizer import check_tokenizer, end_of_document, open_tokenizer
+from moe.data.tokenizer import begin_of_text, check_tokenizer, end_of_document, open_tokenizer
 from moe.rules import validate
 from moe.train.choices import Grade, Question, grade, read_questions
 from moe.train.engine import Engine, Switchyard
@@ -67,7 +67,9 @@ def generate(plan: GeneratePlan) -> int:
         prompt, stop = _question(config, tokenizer, plan.prompt)
     else:
         stop = end_of_document(tokenizer)
-        prompt = tokenizer.encode(plan.prompt, add_special_tokens=False).ids or [stop]
+        prompt = _start(config, tokenizer) + tokenizer.encode(plan.prompt, add_special_tokens=False).ids or [
+            stop
+        ]
     with reading(config) as engine:
         tokens = sample(
             engine,
@@ -79,7 +81,7 @@ def generate(plan: GeneratePlan) -> int:
             stop=stop,
         )
         if engine.groups.rank == 0:
-            begin = len(prompt) if plan.chat else 0
+            begin = len(prompt) if plan.chat else len(_start(config, tokenizer))
             print(tokenizer.decode(tokens[begin:]), flush=True)
     return 0
 
@@ -111,13 +113,22 @@ def _losses(engine: Engine, plan: EvaluatePlan) -> dict[str, float]:
 
 
 def _grades(engine: Engine, config: RunConfig, questions: Sequence[Question]) -> dict[str, Grade]:
+    tokenizer = _tokenizer(config)
     return grade(
         engine,
-        _tokenizer(config),
+        tokenizer,
         questions,
         context=config.model.max_context,
         batch_size=local_batch_size(config, engine.groups),
+        start=_start(config, tokenizer),
     )
+
+
+def _start(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
+    """What stands before every text that the model sees."""
+    assert config.data.tokenizer is not None
+    first = begin_of_text(config.data.tokenizer, tokenizer)
+    return [] if first is None else [first]
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:

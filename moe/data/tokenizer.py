@@ -4,6 +4,7 @@ Text is always taken literally: `<eos>` written inside a document is five charac
 token, so that only the end of a document looks like one.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def tokenizer_file(path: str) -> Path:
     """The file itself, where its folder may be named instead."""
     given = Path(path).expanduser()
     return given / "tokenizer.json" if given.is_dir() else given
+
+
+def begin_of_text(path: str, tokenizer: Tokenizer) -> int | None:
+    """The id that a released model expects before a text, if the tokenizer_config.json beside it says so."""
+    try:
+        beside = tokenizer_file(path).with_name("tokenizer_config.json")
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    token = config.get("bos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(content) if config.get("add_bos_token") and content else None
 
 
 def _no_tokenizer(path: str, reason: object) -> UserError:

@@ -43,6 +43,11 @@ class Place:
                 "restore the file"
             ) from None
 
+    @property
+    def is_run(self) -> bool:
+        """Whether training made it, with settings of its own."""
+        return not self.is_hf and "data" in self._settings
+
     def settings(self) -> tuple[ModelConfig, BalanceConfig, list[str]]:
         """Model, balance, and a sentence for everything that is lost in reading them."""
         if self.is_hf:

@@ -87,13 +87,19 @@ def _is_text(value: object) -> bool:
 
 
 def grade(
-    engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question], *, context: int, batch_size: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    context: int,
+    batch_size: int,
+    start: Sequence[int] = (),
 ) -> dict[str, Grade]:
     """Grades by domain, `ALL` first. Every rank must call, with the same questions.
 
-    `context`: inputs at most; of a longer row the beginning is left out.
+    `context`: inputs at most; of a longer row the beginning is left out. `start`: tokens before every text.
     """
-    rows = [_row(tokenizer, q.context, choice, context) for q in questions for choice in q.choices]
+    rows = [_row(tokenizer, q.context, choice, start, context) for q in questions for choice in q.choices]
     scores = iter(score(engine, rows, batch_size))
     right: dict[str, list[tuple[bool, bool]]] = {ALL: []}
     for question in questions:
@@ -112,18 +118,19 @@ def _best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _row(tokenizer: Tokenizer, context: str, choice: str, limit: int) -> tuple[list[int], int]:
+def _row(
+    tokenizer: Tokenizer, context: str, choice: str, start: Sequence[int], limit: int
+) -> tuple[list[int], int]:
     """Tokens of context and choice, and how many of the last belong to the choice.
 
     They are tokenized together, since a word's space belongs to its token, and blanks at the end of a
-    context to the choice. Where there is no context, the end of a document stands for it.
+    context to the choice. Where nothing is before it, the end of a document is.
     """
     encoded = tokenizer.encode(context + choice, add_special_tokens=False)
     given = len(context.rstrip())
     begin = next((i for i, (_, end) in enumerate(encoded.offsets) if end > given), 0)
-    tokens = encoded.ids
-    if begin == 0:
-        begin, tokens = 1, [end_of_document(tokenizer), *tokens]
+    before = list(start) if start or begin else [end_of_document(tokenizer)]
+    begin, tokens = begin + len(before), [*before, *encoded.ids]
     return tokens[-(limit + 1) :], min(len(tokens) - begin, limit)
 
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
-from moe.train.choices import Grade, Question, grade, read_questions, score
+from moe.data.tokenizer import begin_of_text
+from moe.train.choices import Grade, Question, _row, grade, read_questions, score
 from moe.train.step import Trainer
 from parallel.errors import UserError
 from tests.moe.train.test_step import steps
@@ -67,6 +68,19 @@ def test_scores_are_log_likelihoods_under_any_layout(tmp_path: Path) -> None:
     for layout in (LayoutConfig(dp=2, ep=2), LayoutConfig(tp=2), LayoutConfig(pp=2)):
         for found, others in run_ranks(2, on_ranks, replace(config, layout=replace(layout, microbatches=2))):
             assert others == pytest.approx(scores, rel=1e-4) and found == grades
+
+
+def test_a_released_model_sees_its_first_token(tmp_path: Path) -> None:
+    """Where the tokenizer_config.json beside a tokenizer asks for it."""
+    tokenizer = prepare(small_run(tmp_path).data, 320).tokenizer
+    beside, path = tmp_path / "tokenizer_config.json", str(tmp_path / "tokenizer.json")
+    assert begin_of_text(path, tokenizer) is None
+    for says, found in ((True, 0), (False, None)):
+        beside.write_text(json.dumps({"add_bos_token": says, "bos_token": {"content": "<bos>"}}))
+        assert begin_of_text(path, tokenizer) == found
+    tokens = tokenizer.encode("token", add_special_tokens=False).ids
+    assert _row(tokenizer, "", "token", [0], 9) == ([0, *tokens], len(tokens))
+    assert _row(tokenizer, "", "token", [], 9) == ([1, *tokens], len(tokens))
 
 
 def test_a_short_choice_is_not_preferred_per_byte() -> None:

@@ -8,6 +8,7 @@ from launch import compose
 from launch.options import Parser
 from launch.train import CONFIG
 from moe.hf.adapter import save_adapter
+from moe.hf.places import CHECKPOINTS
 from parallel.checkpoint import open_latest
 from parallel.errors import UserError
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
             f"`tune.method` of `{options.run}` must be lora, but is {config.tune.method}: convert the whole "
             "model with `switchyard convert to-hf`"
         )
-    saved = open_latest(options.run / "checkpoints", logger.warning)
+    saved = open_latest(options.run / CHECKPOINTS, logger.warning)
     if saved is None:
         raise UserError(f"`{options.run}` must hold a checkpoint, but has none: train it until it saves one")
     save_adapter(

@@ -57,11 +57,6 @@ def from_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     return _compose(RunConfig(), path.parent, path.stem, _name_machines(overrides))
 
 
-def from_saved(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings that a run saved in its `config.yaml`, under further overrides."""
-    return _compose(read_yaml(path), path.parent, "base", _name_machines(overrides))
-
-
 def from_config(config: RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings under further overrides."""
     return _compose(config, RECIPES, "base", _name_machines(overrides))

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import compose
-from launch.train import CONFIG
+from launch.train import read_settings
 from moe.hf.esft import merge_changed, save_changed
+from moe.hf.places import CHECKPOINTS
 from moe.train.tuning import selection_of
 from parallel.checkpoint import open_latest
 from parallel.errors import UserError
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 def export(arguments: Sequence[str]) -> int:
     """Write the trained tensors of a run's newest checkpoint; the exit code."""
     run, folder = _paths(arguments, "RUN DIR")
-    config = compose.read_yaml(run / CONFIG)
+    config = read_settings(run)
     selection = selection_of(config)
     if selection is None:
         raise UserError(
             f"{run} must have been trained with `tune.method=esft`, but was with {config.tune.method}: "
             "export the whole model"
         )
-    saved = open_latest(run / "checkpoints", logger.warning)
+    saved = open_latest(run / CHECKPOINTS, logger.warning)
     if saved is None:
         raise UserError(f"{run} must hold a checkpoint to export, but has none: train it first")
     held = sorted(name for name in saved.names if name.startswith("model/"))

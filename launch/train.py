@@ -11,20 +11,21 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launch import compose
-from launch.inherit import begin_from
+from launch.inherit import SELECTION, begin_from, go_on, keepsakes
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
-from moe.config import RunConfig, TuneConfig
+from moe.config import RunConfig
 from moe.data.corpus import prepare
+from moe.hf.places import SETTINGS as CONFIG
 from moe.rules import tuning_notes, validate
 from moe.telemetry.sinks import replace_file
 from parallel.errors import UserError
 from parallel.layout import Layout
 
-CONFIG, RECIPE = "config.yaml", "recipe.txt"  # in the folder of a run
+RECIPE = "recipe.txt"  # in the folder of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ def make_plan(arguments: Sequence[str], world_size: int | None = None) -> Plan:
     notes: tuple[str, ...] = ()
     if resumes:
         recipe = _saved_recipe(folder, named.get("recipe"))
-        saved = compose.read_yaml(folder / CONFIG)
-        config = compose.from_saved(folder / CONFIG, overrides)
+        saved = read_settings(folder)
+        config = go_on(saved, compose.from_config(saved, overrides))
         _check_same_model(run, saved, config)
     else:
         if config.optim.begin_step:
@@ -91,6 +92,17 @@ def new_run_name(runs: Path, recipe: str) -> str:
     name = Path(recipe).stem
     numbered = (f"{name}-{number}" for number in itertools.count(2))
     return next(n for n in itertools.chain([name], numbered) if not (runs / n).exists())
+
+
+def read_settings(folder: Path) -> RunConfig:
+    """The settings of a run wherever its folder lies now: the selection of experts is its own copy."""
+    return _with_own_selection(compose.read_yaml(folder / CONFIG), folder)
+
+
+def _with_own_selection(config: RunConfig, folder: Path) -> RunConfig:
+    if config.tune.method != "esft":
+        return config
+    return replace(config, tune=replace(config.tune, selection=str(folder.resolve() / SELECTION)))
 
 
 def _saved_recipe(folder: Path, wanted: str | None) -> str:
@@ -119,8 +131,8 @@ def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
     ]
     if saved.train.precision != wanted.train.precision:
         changed.append(("train.precision", saved.train.precision, wanted.train.precision))
-    if saved.tune != TuneConfig() and saved.train.seed != wanted.train.seed:  # what is frozen begins with it
-        changed.append(("train.seed", saved.train.seed, wanted.train.seed))
+    if saved.tune.is_partial and wanted.train.init is None:
+        changed.append(("train.init", saved.train.init, None))
     for field, was, is_now in changed:
         raise UserError(
             f"`{field}` of run `{run}` must stay {was}, but is {is_now}: leave it out to resume, or choose "
@@ -156,27 +168,40 @@ def _join_ranks(arguments: Sequence[str], ranks: Ranks) -> int:
         return _be_rank(compose.parse_yaml(decision["config"]), Path(decision["folder"]), meeting)
     try:
         plan = make_plan(arguments, ranks.world_size)
-        _begin(plan)
+        config = _begin(plan)
     except UserError as error:
         meeting.announce({"error": str(error)})
         raise
-    meeting.announce({"folder": str(plan.folder), "config": compose.write_yaml(plan.config)})
-    return _be_rank(plan.config, plan.folder, meeting)
+    meeting.announce({"folder": str(plan.folder), "config": compose.write_yaml(config)})
+    return _be_rank(config, plan.folder, meeting)
 
 
-def _begin(plan: Plan) -> None:
-    """Prepare the data, then write the run's folder: a mistake in the data leaves no folder behind."""
+def _begin(plan: Plan) -> RunConfig:
+    """Prepare the data and verify the weights, then write the run's folder; the settings in it.
+
+    A mistake in either leaves no folder behind.
+    """
     for note in plan.notes:
         print(f"note: {note}", flush=True)
-    prepare(plan.config.data, plan.config.model.vocab_size, print)
+    corpus = prepare(plan.config.data, plan.config.model.vocab_size, print)
+    kept = {} if plan.resumes else keepsakes(plan.config, corpus.tokenizer_path)
+    if plan.config.train.init is not None and not plan.resumes:
+        from moe.hf.convert import verified  # imports torch
+
+        verified(Path(plan.config.train.init))
+    config = _with_own_selection(plan.config, plan.folder)
     try:
         plan.folder.mkdir(parents=True, exist_ok=plan.resumes)
+        for name, content in kept.items():
+            (plan.folder / name).parent.mkdir(exist_ok=True)
+            replace_file(plan.folder / name, content)
         replace_file(plan.folder / RECIPE, f"{plan.recipe}\n".encode())
-        replace_file(plan.folder / CONFIG, compose.write_yaml(plan.config).encode())
+        replace_file(plan.folder / CONFIG, compose.write_yaml(config).encode())
     except OSError as error:
         raise UserError(
             f"cannot write {plan.folder} ({error.strerror}): set `run=` or `launch.runs`"
         ) from None
+    return config
 
 
 def _be_rank(config: RunConfig, folder: Path, meeting: Meeting) -> int:

@@ -211,6 +211,11 @@ class TuneConfig:
     selection: str | None = None  # ESFT: the file that names the chosen experts of each layer
 
     @property
+    def is_partial(self) -> bool:
+        """Whether some of the model stays as it was."""
+        return self.method != "full" or bool(self.frozen)
+
+    @property
     def lora_scale(self) -> float:
         """What an adapter's output is multiplied by."""
         return self.lora_alpha / self.lora_rank

@@ -98,8 +98,8 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows: Any = ctx.saved_tensors[0] if ctx.saved_tensors else None
-        grad = grads[0].contiguous()
+        saved, grad = ctx.saved_tensors, grads[0].contiguous()  # under checkpointing they can be read once
+        rows: Any = saved[0] if saved else None
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = grad.new_empty(grad.shape[0], ctx.stacks[0].shape[2])

@@ -48,6 +48,10 @@ def from_megatron(collection: ProcessGroupCollection) -> Groups:
                 "Megatron's `order` must be `tp-cp-ep-dp-pp`, as in our layout, but along "
                 f"{axis} rank {rank} stands with {found}, not {wanted}: set that order"
             )
+    if layout.etp > 1 and made["expert_dp"] is not None:  # Megatron has none of these
+        made["etp_expert_dp"] = create_group(layout, lambda at: (at["ep"], at["pp"]))
+    else:
+        made["etp_expert_dp"] = made["etp"] or made["expert_dp"]
     world = dist.group.WORLD if layout.world_size > 1 else None
     return Groups(layout=layout, rank=rank, embedding=embedding_group(layout), world=world, **made)
 

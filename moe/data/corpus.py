@@ -23,6 +23,7 @@ from moe.data.shards import Encoded, TokenShards, read_manifest, write_shards
 from moe.data.sources import CHAT_SUFFIXES, SUFFIXES, SourceFile, list_files, read_documents
 from moe.data.template import ChatTemplate, read_template
 from moe.data.tokenizer import (
+    TOKENIZER,
     check_tokenizer,
     encode,
     end_of_document,
@@ -37,7 +38,6 @@ from parallel.files import durable_file, sync
 FORMAT = 1  # raise it when the same settings would give other files
 CHAT_FORMAT = 1  # the same for chats alone
 SAMPLE_BYTES = 1 << 26  # of text that a tokenizer is trained on
-TOKENIZER = "tokenizer.json"
 SKIPPED = "skipped.jsonl"  # of chats: the lines that were left out, and why
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
 
     Raises `UserError` for paths, rows, tokenizers or a cache that will not do; nothing is left behind then.
     """
-    files = _files(config)
+    files = list_files(config.paths, CHAT_SUFFIXES if config.format == "chat" else SUFFIXES)
     cache = Path(config.cache).expanduser()
     folder = cache / _fingerprint(files, config, vocab_size)
     corpus = _open(folder)
@@ -77,19 +77,6 @@ def prepare(config: DataConfig, vocab_size: int, echo: Callable[[str], None] = l
         corpus = _open(folder)
         assert corpus is not None, folder
     return corpus
-
-
-def cached(config: DataConfig, vocab_size: int) -> Corpus | None:
-    """The corpus of these settings if it was prepared before and what it was made from is still there."""
-    try:
-        files = _files(config)
-        return _open(Path(config.cache).expanduser() / _fingerprint(files, config, vocab_size))
-    except UserError:
-        return None
-
-
-def _files(config: DataConfig) -> list[SourceFile]:
-    return list_files(config.paths, CHAT_SUFFIXES if config.format == "chat" else SUFFIXES)
 
 
 def _fingerprint(files: Sequence[SourceFile], config: DataConfig, vocab_size: int) -> str:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from moe.data.sources import Document
 from parallel.errors import UserError
 
+TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2
 DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # its bars and spaces are not the ASCII ones
 END_TOKENS = ("<eos>", "<|end_of_text|>", DEEPSEEK_END, "</s>", "<|endoftext|>")
@@ -63,7 +64,7 @@ def read_tokenizer(path: str) -> bytes:
 def tokenizer_file(path: str) -> Path:
     """The file itself, where its folder may be named instead."""
     given = Path(path).expanduser()
-    return given / "tokenizer.json" if given.is_dir() else given
+    return given / TOKENIZER if given.is_dir() else given
 
 
 def begin_of_text(path: str, tokenizer: Tokenizer) -> int | None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from moe.data.tokenizer import end_of_document, open_tokenizer
+from moe.data.tokenizer import TOKENIZER, end_of_document, open_tokenizer
 from moe.hf import folder as hf
 from moe.hf.inventory import in_checkpoint
 from moe.hf.places import CHECKPOINTS, COMPANIONS, SETTINGS, find
@@ -36,8 +36,6 @@ _KEPT = (
     "eos_token_id",
     "pad_token_id",
 )  # of a released config.json: the tokenizer's business
-
-TOKENIZER = "tokenizer.json"
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Where weights may lie: a Hugging Face folder, a run, a checkpoint, a converted folder. No torch.
 
 A converted folder is laid out like a run: `config.yaml` with the groups `model` and `balance`,
-`checkpoints/step-0`, and in `hf/` what else the released folder held (tokenizer, chat template, ...).
+`checkpoints/step-0`, and in `hf/` what else the released folder held (tokenizer, chat template, ...). In
+`hf/` of a run lies what it is trained with.
 """
 
 import json
@@ -13,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from moe.config import BalanceConfig, DataConfig, ModelConfig, TuneConfig
-from moe.data.corpus import cached
+from moe.config import BalanceConfig, ModelConfig, TuneConfig
 from moe.hf import folder as hf
 from moe.rules import build
 from parallel.errors import UserError
@@ -68,17 +68,9 @@ class Place:
         return build(TuneConfig, self._settings.get("tune", {}), "tune.").lora_scale
 
     def companions(self) -> list[Path]:
-        """The files that go with the weights: of the released folder they came from, or a run's tokenizer."""
-        if self.is_hf:
-            return list(hf.companions(self.folder))
-        if (self.folder / COMPANIONS).is_dir():
-            return list(hf.companions(self.folder / COMPANIONS))
-        init = self.init()
-        if init is not None and init.path.exists():
-            return find(init.path).companions()
-        model, _, _ = self.settings()
-        corpus = cached(build(DataConfig, self._settings["data"], "data."), model.vocab_size)
-        return [corpus.tokenizer_path] if corpus is not None else []
+        """The small files that go with the weights: tokenizer, chat template, ..."""
+        folder = self.folder if self.is_hf else self.folder / COMPANIONS
+        return list(hf.companions(folder)) if folder.is_dir() else []
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,11 @@ class Weights(Protocol):
 
 
 class Layered:
-    """What is trained over what it was trained from."""
+    """What is trained over what it was trained from, of which only what is `lacking` counts."""
 
-    def __init__(self, upper: Weights, lower: Weights) -> None:
+    def __init__(self, upper: Weights, lower: Weights, lacking: Collection[str]) -> None:
         self._upper, self._lower = upper, lower
+        self._names = {*upper.names, *(name for name in lacking if name in lower.names)}
 
     @property
     def origin(self) -> str:
@@ -54,8 +55,8 @@ class Layered:
 
     @property
     def names(self) -> Collection[str]:
-        """The canonical names of both."""
-        return {*self._upper.names, *self._lower.names}
+        """The canonical names."""
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole canonical tensor."""

@@ -58,12 +58,12 @@ def open_weights(path: Path, *, verify: bool = False) -> Opened:
             released.verify()
         return Opened(path, released.config, released.balance, released)
     config, balance, _ = place.settings()
-    checkpoint = _open_saved(place, verify)
+    checkpoint = open_saved(place, verify=verify)
     saved = Checkpointed(checkpoint)
     lacking = [name for name in complete(config) if name not in saved.names and not is_bias(name)]
     init, weights = place.init(), cast(Weights, saved)
     if lacking and init is not None:
-        weights = Layered(saved, open_init(init, verify=verify))
+        weights = Layered(saved, open_init(init, verify=verify), lacking)
     if any(is_adapter(name) for name in weights.names):
         weights = Merged(weights, place.lora_scale())
     return Opened(checkpoint.folder, config, balance, weights)
@@ -72,8 +72,11 @@ def open_weights(path: Path, *, verify: bool = False) -> Opened:
 def open_init(init: Init, *, verify: bool = False) -> Weights:
     """What a run began from, which must still be what it was."""
     if not init.path.exists():
+        pruned = init.path.parent.name == CHECKPOINTS
+        note = " (its run keeps the newest `train.keep_checkpoints`)" if pruned else ""
         raise UserError(
-            f"`train.init` must exist as long as its run needs it, but `{init.path}` does not: put it back"
+            "`train.init` must exist as long as its run needs it, "
+            f"but `{init.path}` does not{note}: put it back"
         )
     weights = open_weights(init.path, verify=verify).weights
     if init.origin not in (None, weights.origin):
@@ -84,7 +87,8 @@ def open_init(init: Init, *, verify: bool = False) -> Weights:
     return weights
 
 
-def _open_saved(place: Place, verify: bool) -> Checkpoint:
+def open_saved(place: Place, *, verify: bool = False) -> Checkpoint:
+    """The checkpoint of a place, or the newest good one of its run."""
     if place.checkpoint is not None:
         return open_checkpoint(place.checkpoint, verify=verify)
     root = place.folder / CHECKPOINTS

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from moe.config import RunConfig
 from moe.data.corpus import Corpus, prepare
+from moe.hf.places import CHECKPOINTS
 from moe.rules import validate
 from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
@@ -70,7 +71,7 @@ class _Run:
                 f"use at most {step}"
             )
         self.saver = Saver(
-            run / "checkpoints",
+            run / CHECKPOINTS,
             groups.world,
             keep_last=config.train.keep_checkpoints,
             keep_every=config.train.keep_every,
@@ -96,14 +97,14 @@ class _Run:
         settings = self.config.train
         if saved:
             return start.resumed(self.folder, settings, saved.names)
-        found = start.new(settings, verify=self.groups.rank == 0)
+        found = start.new(settings)
         if found and self.groups.rank == 0:
             start.note(self.folder, found)
         return found
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """Rank 0 finds and verifies the newest good checkpoint; every rank opens that one."""
-        root = self.folder / "checkpoints"
+        root = self.folder / CHECKPOINTS
         step, saved = 0, None
         if self.groups.rank == 0:
             try:
@@ -124,7 +125,7 @@ class _Run:
         shown = (
             Progress(steps, self.position.step, self.config.telemetry.log_every) if self.recorder else None
         )
-        if tune.method != "full" or tune.frozen:
+        if tune.is_partial:
             share = trained_share(self.trainer.model, self.groups, self.device)
             if shown:
                 shown.note(share)

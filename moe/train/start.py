@@ -28,7 +28,6 @@ class Start:
 
     init: Init
     saved: Collection[str] = ()
-    verify: bool = False  # against checksums; one rank is enough
 
     def fill(self, model: Transformer, seed: int) -> None:
         """Fill this rank's part of a model; MTP modules that the source lacks are drawn from the seed."""
@@ -46,12 +45,12 @@ class Start:
 
     def open(self) -> Weights:
         """The weights; UserError where they are gone or no longer what the run began from."""
-        return open_init(self.init, verify=self.verify)
+        return open_init(self.init)
 
 
-def new(config: TrainConfig, *, verify: bool = False) -> Start | None:
+def new(config: TrainConfig) -> Start | None:
     """The start of a new run; None where it begins with fresh weights."""
-    return Start(Init(Path(config.init), None), verify=verify) if config.init else None
+    return Start(Init(Path(config.init), None)) if config.init else None
 
 
 def resumed(run: Path, config: TrainConfig, saved: Collection[str]) -> Start | None:
@@ -61,5 +60,4 @@ def resumed(run: Path, config: TrainConfig, saved: Collection[str]) -> Start | N
 
 def note(run: Path, start: Start) -> None:
     """Write down, as a new run begins, what it begins from."""
-    origin = Start(start.init).open().origin
-    write_json(run / INIT, {"path": str(start.init.path), "origin": origin})
+    write_json(run / INIT, {"origin": start.open().origin})

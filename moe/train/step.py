@@ -204,7 +204,7 @@ def make_model(config: RunConfig, groups: Groups, start: Start | None = None) ->
     model = build_model(config, groups, config.train.seed if start is None else None)
     if start is not None:
         start.fill(model, config.train.seed)
-    tuning.prepare(model, config)
+    tuning.prepare(model, config, start.saved if start else ())
     return model
 
 

@@ -4,6 +4,7 @@ A frozen parameter has no gradient, no master, no moment and no place in a check
 the run's weights began. Hidden states and the exchanges of their gradients are the same whatever is frozen.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from moe.components import component_of
 from moe.config import RunConfig, TuneConfig
 from moe.hf.adapter import load_adapter
+from moe.hf.inventory import is_adapter
 from moe.model.experts import Placement
 from moe.model.init import init_adapters
 from moe.model.transformer import Transformer, expert_layers
@@ -43,12 +45,15 @@ def placements(config: RunConfig, ep: int) -> dict[str, Placement]:
     }
 
 
-def prepare(model: Transformer, config: RunConfig) -> None:
-    """Freeze what is not trained and make the adapters of a model whose own weights are in place."""
+def prepare(model: Transformer, config: RunConfig, saved: Collection[str] = ()) -> None:
+    """Freeze what is not trained and make the adapters of a model whose own weights are in place.
+
+    `saved` are the tensors of the checkpoint that is read afterwards.
+    """
     shape(model, config)
     if config.tune.method == "lora":
         init_adapters(model, config.train.seed)
-        if config.tune.adapter is not None:
+        if config.tune.adapter is not None and not any(map(is_adapter, saved)):
             load_adapter(model, config.tune, Path(config.tune.adapter).expanduser())
 
 

@@ -70,7 +70,7 @@ def test_saved_settings_are_the_base(tmp_path: Path) -> None:
     saved = compose.from_recipe("tiny", ["train.steps=7"])
     path = tmp_path / "config.yaml"
     path.write_text(compose.write_yaml(saved))
-    resumed = compose.from_saved(path, ["train.seed=5"])
+    resumed = compose.from_config(compose.read_yaml(path), ["train.seed=5"])
     assert resumed == replace(saved, train=replace(saved.train, seed=5))
     assert compose.from_recipe("small").train.steps == RunConfig().train.steps  # the base is not kept
 
@@ -180,4 +180,4 @@ def test_a_cluster_is_named_under_other_overrides(recipes: Path, tmp_path: Path)
     assert compose.from_recipe(str(path), ["cluster=local"]).cluster == RunConfig().cluster
     saved = tmp_path / "config.yaml"
     saved.write_text(compose.write_yaml(config))
-    assert compose.from_saved(saved, ["cluster=a800x8"]).cluster.peak_tflops == 312.0
+    assert compose.from_config(compose.read_yaml(saved), ["cluster=a800x8"]).cluster.peak_tflops == 312.0

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch import compose, together
+from launch import compose, together, train
 from launch.__main__ import main
 from launch.output import write_json
 from launch.ranks import ROOT
@@ -24,6 +24,7 @@ from moe.data.tokenizer import open_tokenizer
 from moe.hf.convert import plan_from_hf, plan_to_hf
 from moe.hf.load import open_model
 from moe.hf.places import SETTINGS
+from moe.rules import validate
 from moe.train import loop
 from tests.moe.hf.test_convert import make
 from tests.small import small_run
@@ -35,9 +36,8 @@ Say = Callable[..., str]
 
 def trained(folder: Path, config: RunConfig) -> Path:
     """A run's folder as `switchyard train` leaves it."""
-    folder.mkdir()
-    (folder / SETTINGS).write_text(compose.write_yaml(config))
-    assert loop.train(config, folder) == 0
+    plan = train.Plan(config=config, layout=validate(config), recipe="small", folder=folder, resumes=False)
+    assert loop.train(train._begin(plan), folder) == 0
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe.config import DataConfig
 from moe.data import corpus as module
-from moe.data.corpus import Corpus, cached, prepare
+from moe.data.corpus import Corpus, prepare
 from moe.data.shards import Manifest, TokenShards
 from parallel.errors import UserError
 
@@ -86,18 +86,6 @@ def test_given_tokenizer_is_used_and_belongs_to_the_fingerprint(config: DataConf
     assert build(given)[1]
     with pytest.raises(UserError, match=r"^`model.vocab_size` must hold every token of `data.tokenizer`"):
         build(given, 200)
-
-
-def test_chats_among_other_files_are_found_again(config: DataConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "chats"
-    folder.mkdir()
-    (folder / "chats.jsonl").write_text('{"instruction": "a question", "output": "an answer"}\n' * 4)
-    (folder / "README.md").write_text("about the chats\n")
-    config = dataclasses.replace(config, paths=(str(folder),), format="chat", packing="whole")
-    assert cached(config, 300) is None
-    found = prepare(config, 300)
-    again = cached(config, 300)
-    assert again is not None and again.tokenizer_path == found.tokenizer_path
 
 
 def test_damaged_entry_is_built_again(config: DataConfig) -> None:

@@ -37,6 +37,8 @@ def test_changed_experts_leave_and_come_back(tmp_path: Path) -> None:
     run = tmp_path / "run"
     save(trainer, run / "checkpoints", Position(2, 16, 500))
     (run / "config.yaml").write_text(compose.write_yaml(config))
+    assert config.tune.selection is not None
+    Path(config.tune.selection).rename(run / "selection.json")  # the run's own copy is what counts
 
     adapter, whole = tmp_path / "adapter", tmp_path / "whole"
     assert esft.export([str(run), str(adapter)]) == 0

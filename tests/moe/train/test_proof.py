@@ -147,7 +147,11 @@ def change_results(**settings: Callable[[float], float]) -> Callable[[int], Any]
 
 def count_twice(rank: int) -> Any:
     """The norm is of twice the gradients, and all are clipped by it."""
-    return changed(Zero, "norm", lambda norm: lambda self: 2 * norm(self))
+    return changed(
+        Zero,
+        "norms",
+        lambda norms: lambda *given: {kind: 2 * norm for kind, norm in norms(*given).items()},
+    )
 
 
 def forget_counts(rank: int) -> Any:

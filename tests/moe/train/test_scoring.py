@@ -38,6 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     trainer, _ = steps(config, 1, 0, 1)
     save(trainer, folder / "base" / "checkpoints", Position(1, 8, 500))
     (folder / "base" / "config.yaml").write_text(compose.write_yaml(config))
+    (folder / "base" / "hf").mkdir()
+    tokenizer = prepare(config.data, 320).tokenizer_path
+    (folder / "base" / "hf" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return config, folder / "base"
 
 
@@ -105,7 +108,7 @@ def test_the_command_writes_a_selection_that_can_be_trained(
     words = [str(folder), f"data.paths=[{other}]", "--sequences", "5", "--out", str(out)]
     plan = select.make_plan(words)
     assert plan.threshold == 0.2 and plan.score == "token"
-    assert plan.config.data.tokenizer == str(prepare(config.data, 320).tokenizer_path)
+    assert plan.config.data.tokenizer == str(folder / "hf" / "tokenizer.json")
     assert select.make_plan([*words, "--score", "gate"]).threshold == 0.1
     select_on_rank(plan)
     printed = capsys.readouterr().out

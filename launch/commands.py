@@ -106,26 +106,29 @@ COMMANDS = {
         example="switchyard select-experts runs/base data.paths=[law.jsonl] --out law.json",
     ),
     "convert to-esft": Command(
-        target="launch.esft:export",
+        target="launch.adapter:to_esft",
         usage="convert to-esft RUN DIR",
         does="write the experts that a run changed, and nothing else",
         details=(
-            "DIR becomes what DeepSeek's ESFT calls an adapter: the trained tensors of the newest\n"
-            "checkpoint under their released names, and the selection.\n\n"
-            "RUN  the folder of a run with `tune.method=esft`\n"
+            "DIR becomes what DeepSeek's ESFT calls an adapter: the trained tensors of a checkpoint under\n"
+            "their released names, and the selection.\n\n"
+            "RUN  a run with `tune.method=esft`, of which the newest checkpoint is taken, or a checkpoint\n"
             "DIR  a new folder"
         ),
         example="switchyard convert to-esft runs/law law-experts",
     ),
     "convert merge-esft": Command(
-        target="launch.esft:merge",
-        usage="convert merge-esft BASE ADAPTER DIR",
-        does="put changed experts back into a Hugging Face model",
+        target="launch.convert:merge_esft",
+        usage="convert merge-esft BASE ADAPTER DIR [--shard-gb G] [--dtype bf16|fp32] [--processes N]",
+        does="put changed experts back into the whole model, as a Hugging Face folder",
         details=(
-            "Every tensor that the adapter does not hold is the base model's, bit for bit.\n\n"
-            "BASE     a Hugging Face folder with safetensors\n"
-            "ADAPTER  what `convert to-esft` wrote, or an adapter that DeepSeek released\n"
-            "DIR      a new folder"
+            "Every tensor that the adapter does not hold is the base's, bit for bit; fp8 becomes bf16.\n\n"
+            "BASE           a Hugging Face folder, a converted folder, a run or a checkpoint\n"
+            "ADAPTER        what `convert to-esft` wrote, or an adapter that DeepSeek released\n"
+            "DIR            a new folder\n"
+            "--shard-gb G   of a file at most, in 10^9 bytes (default: 5)\n"
+            "--dtype D      of the weights (default: the base's)\n"
+            "--processes N  share the files (default: 1); memory of each holds one tensor"
         ),
         example="switchyard convert merge-esft DeepSeek-V2-Lite law-experts law-model",
     ),
@@ -177,12 +180,13 @@ COMMANDS = {
         example="switchyard schedule dualpipe --ranks 8 --microbatches 20 --cost f=1,b=2,w=1,a2a=0.6",
     ),
     "convert to-peft": Command(
-        target="launch.adapter:main",
+        target="launch.adapter:to_peft",
         usage="convert to-peft RUN DIR [--base NAME]",
         does="write the adapters of a LoRA run as a PEFT folder",
         details=(
-            "Reads the newest checkpoint of the run in the folder RUN, and writes DIR, which must be new,\n"
-            "with adapter_config.json and adapter_model.safetensors under the released modules' names.\n\n"
+            "DIR gets adapter_config.json and adapter_model.safetensors under the released names.\n\n"
+            "RUN          a run, of which the newest checkpoint is taken, or a checkpoint\n"
+            "DIR          a new folder\n"
             "--base NAME  the model that the adapters belong to: a folder, or a name on the hub"
         ),
         example="switchyard convert to-peft runs/lora adapter --base deepseek-ai/DeepSeek-V2-Lite",

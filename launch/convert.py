@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from moe.hf.save import Conversion
 
 
+Command = Literal["from-hf", "to-hf", "merge-esft"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every process is told."""
 
-    command: Literal["from-hf", "to-hf"]
+    command: Command
     source: str
     target: str
+    adapter: str | None = None
     dtype: Literal["bf16", "fp32"] | None = None
     shard_bytes: int = 0
 
@@ -43,7 +47,12 @@ def to_hf(arguments: Sequence[str]) -> int:
     return _main("to-hf", arguments)
 
 
-def _main(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> int:
+def merge_esft(arguments: Sequence[str]) -> int:
+    """`convert merge-esft`: the exit code."""
+    return _main("merge-esft", arguments)
+
+
+def _main(command: Command, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if arguments[:1] == [AS_RANK]:
         _be_rank(Path(arguments[1]))
@@ -52,12 +61,14 @@ def _main(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> int
     return _convert(job, processes)
 
 
-def _parse(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> tuple[Job, int]:
+def _parse(command: Command, arguments: Sequence[str]) -> tuple[Job, int]:
     parser = Parser(f"convert {command}")
     parser.add_argument("source", type=Path)
+    if command == "merge-esft":
+        parser.add_argument("adapter", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--processes", type=int, default=1)
-    if command == "to-hf":
+    if command != "from-hf":
         parser.add_argument("--shard-gb", type=float, default=5.0)
         parser.add_argument("--dtype", choices=("bf16", "fp32"))
     options = parser.parse_args(arguments)
@@ -69,6 +80,7 @@ def _parse(command: Literal["from-hf", "to-hf"], arguments: Sequence[str]) -> tu
         command=command,
         source=str(options.source.expanduser().resolve()),
         target=str(options.target.expanduser().resolve()),
+        adapter=str(options.adapter.expanduser().resolve()) if command == "merge-esft" else None,
         dtype=getattr(options, "dtype", None),
         shard_bytes=int(shard_gb * 10**9),
     )
@@ -80,7 +92,7 @@ def _convert(job: Job, processes: int) -> int:
     from moe.hf.convert import verified
     from parallel.assembly import Assembly
 
-    if job.command == "to-hf":
+    if job.command != "from-hf":
         job = replace(job, source=str(verified(Path(job.source))))
     plan = _plan(job)
     with Assembly(Path(job.target)) as assembly:
@@ -122,4 +134,5 @@ def _plan(job: Job) -> "Conversion":
     if job.command == "from-hf":
         return plan_from_hf(Path(job.source))
     dtypes = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
-    return plan_to_hf(Path(job.source), Path(job.target), dtypes[job.dtype], job.shard_bytes)
+    adapter = None if job.adapter is None else Path(job.adapter)
+    return plan_to_hf(Path(job.source), Path(job.target), dtypes[job.dtype], job.shard_bytes, adapter)

@@ -241,29 +241,33 @@ def _validate_tuning(config: RunConfig) -> None:
             "`tune.frozen` and `tune.lora_targets` may name head only where it is a weight of its own, but "
             "`model.tie_embeddings` is true: leave head out"
         )
-    if tune.adapter is not None and tune.method != "lora":
+    for field, value, method in (("adapter", tune.adapter, "lora"), ("selection", tune.selection, "esft")):
+        if value is not None and tune.method != method:
+            raise UserError(
+                f"`tune.{field}` must be null with `tune.method={tune.method}`, but is {value}: "
+                f"set `tune.method={method}`"
+            )
+    if _choices_must_stay(config) and config.balance.bias == "update":
         raise UserError(
-            f"`tune.adapter` must be null with `tune.method={tune.method}`, but is {tune.adapter}: "
-            "set `tune.method=lora`"
-        )
-    if routers_are_frozen(config) and config.balance.bias == "update":
-        raise UserError(
-            "`balance.bias` must be frozen or none where routers are frozen, or their choices would drift, "
-            "but is update: set `balance.bias=frozen`"
+            "`balance.bias` must be frozen or none where routers are frozen or only some experts trained, or "
+            "their choices would drift, but is update: set `balance.bias=frozen`"
         )
 
 
-def routers_are_frozen(config: RunConfig) -> bool:
-    """Whether no router is trained."""
+def _choices_must_stay(config: RunConfig) -> bool:
+    """Whether routers are frozen, or at least experts that no longer fit what would be chosen instead."""
     return config.tune.method != "full" or "router" in config.tune.frozen
 
 
 def tuning_notes(config: RunConfig) -> Iterator[str]:
     """A sentence for each setting that is allowed, but may not do what its user wants of what is trained."""
+    frozen = "routers that are frozen"
+    if config.tune.method == "esft":  # its file is not read here
+        frozen += " (unless `non_expert_modules` of the selection trains them)"
     for field in ("sequence_aux", "microbatch_aux", "global_aux"):
-        if routers_are_frozen(config) and getattr(config.balance, field):
+        if _choices_must_stay(config) and getattr(config.balance, field):
             yield (
-                f"`balance.{field}` cannot move routers that are frozen, only the hidden states before them: "
+                f"`balance.{field}` cannot move {frozen}, only the hidden states before them: "
                 f"set `balance.{field}=0` unless that is what you want"
             )
 
@@ -352,14 +356,8 @@ _POSITIVE = (
     *("model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads", "model.num_experts"),
     *("model.intermediate_size", "model.moe_intermediate_size", "model.num_groups", "model.capacity_factor"),
     *("model.q_lora_rank", "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim"),
-    *(
-        "model.v_head_dim",
-        "model.num_kv_heads",
-        "model.head_dim",
-        "model.rms_norm_eps",
-        "model.rope.factor",
-        "model.rope.original_context",
-    ),
+    *("model.v_head_dim", "model.num_kv_heads", "model.head_dim", "model.rms_norm_eps"),
+    *("model.rope.factor", "model.rope.original_context"),
     *("model.rope.beta_fast", "model.rope.beta_slow"),
     *("data.sequence_length", "layout.tp", "layout.cp", "layout.pp", "layout.dp", "layout.ep", "layout.etp"),
     *("layout.microbatches", "layout.stages_per_rank", "cluster.gpus_per_node"),

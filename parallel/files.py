@@ -35,7 +35,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which has its name only when it is whole. UserError where there is one already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"`{folder}` must be new or empty, but is not: choose another folder or remove it")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.unfinished")  # an Assembly's is `.partial`
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -117,10 +117,6 @@ class Zero:
         self._unsent = list(self._units)
         self._complete.clear()
 
-    def norm(self) -> float:
-        """The 2-norm of the whole model's gradient. Same on every rank; all must call."""
-        return self.norms(("",), lambda name: "")[""]
-
     def norms(self, kinds: Sequence[str], kind_of: Callable[[str], str]) -> dict[str, float]:
         """The 2-norm of the whole model's gradient by kind of parameter. Same on every rank; all must call.
 

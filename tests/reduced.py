@@ -50,6 +50,11 @@ def assemble(parts: Iterable[Piece]) -> dict[str, Tensor]:
     return whole
 
 
+def norm_of(zero: Zero) -> float:
+    """The 2-norm of the whole model's gradient. All ranks must call."""
+    return zero.norms(("",), lambda name: "")[""]
+
+
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     """Equal to 5e-6 of the expected tensor's norm."""
     assert found.shape == expected.shape, what

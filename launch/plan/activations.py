@@ -99,7 +99,7 @@ def phases(micro: Microbatch, part: Part) -> list[Phase]:
     """The phases of a stage in forward order."""
     model = micro.config.model
     hidden = micro.b * micro.t * model.hidden_size
-    rotation = _FP32 * model.qk_rope_head_dim * (micro.n // micro.sequences)
+    rotation = _FP32 * model.rotated_dims * (micro.n // micro.sequences)
     found = [_embedding(micro)] if part.first else [Phase(name="boundary", outputs=hidden)]
     found[0] = replace(found[0], outputs=found[0].outputs + rotation + _mask(micro))
     for layer in part.layers:
@@ -138,40 +138,76 @@ def _layer(micro: Microbatch, *, is_moe: bool) -> Iterator[Phase]:
 
 
 def _attention(micro: Microbatch) -> Phase:
-    """Both norms, the products between them, and attention itself (moe/model/mla.py)."""
+    """Both norms, the products between them, and attention itself (moe/model/attention_layer.py)."""
+    model, b, t, n, hidden = micro.config.model, micro.b, micro.t, micro.n, micro.config.model.hidden_size
+    products = _grouped(micro) if model.attention == "gqa" else _latent(micro)
+    core = _ring(micro) if micro.layout.cp > 1 else _flash(micro)
+    mixed = b * n * model.num_heads // micro.layout.tp * model.value_head_dim
+    return Phase(
+        name="attention",
+        outputs=2 * b * t * hidden + core.outputs,
+        inside=2 * t * micro.norm(hidden) + products.inside + core.inside,
+        rows=products.rows + mixed + b * t * hidden,  # what is normed for the MLP is its products' rows
+        grads=products.grads + b * n * hidden,
+        forward=core.forward,
+        backward=2 * b * t * hidden + core.backward,
+    )
+
+
+def _latent(micro: Microbatch) -> Phase:
+    """The products with latents between (moe/model/mla.py)."""
     model, tp, b, t, n = micro.config.model, micro.layout.tp, micro.b, micro.t, micro.n
     D, H, latent, rank = model.hidden_size, model.num_heads // tp, model.kv_lora_rank, model.q_lora_rank
-    passing, mixed = latent + model.qk_rope_head_dim, b * n * H * model.v_head_dim
-    core = _ring(micro) if micro.layout.cp > 1 else _flash(micro)
+    passing = _passing(micro)
     of_query = b * n * rank if rank is not None else (b * n * D if tp > 1 else 0)  # rows of its last product
-    rows = b * t * D + of_query + b * n * passing * micro.layout.cp + mixed
-    inside = t * (2 * micro.norm(D) + micro.norm(latent)) + b * t * D + of_query + core.inside
+    inside = t * micro.norm(latent) + b * t * D + of_query
     inside += t * micro.norm(rank) if rank is not None else 0
     inside += b * t * (passing + (rank or 0)) if b == _FP32 else 0  # the inputs of the latents' norms
     up = n * H * (model.qk_nope_head_dim + model.v_head_dim) * micro.layout.cp
-    grads = b * (t * (passing + (rank or 0)) + up + n * D + n * H * model.qk_head_dim)
     return Phase(
         name="attention",
-        outputs=2 * b * t * D + core.outputs,
         inside=inside,
-        rows=rows + b * t * D,  # what is normed for the MLP is its products' rows
-        grads=grads,
-        forward=core.forward,
-        backward=2 * b * t * D + core.backward,
+        rows=b * t * D + of_query + b * n * passing * micro.layout.cp,
+        grads=b * (t * (passing + (rank or 0)) + up + n * H * model.qk_head_dim),
     )
+
+
+def _grouped(micro: Microbatch) -> Phase:
+    """The products to queries, keys and values, and the norms behind them (moe/model/gqa.py)."""
+    model, tp, b, n = micro.config.model, micro.layout.tp, micro.b, micro.n
+    H, G, W = model.num_heads // tp, model.kv_heads // tp, model.qk_head_dim
+    whole = b * n * model.hidden_size
+    norms = {
+        "none": 0,
+        "head": (H + G) * micro.norm(W),
+        "full": micro.norm(H * W) + micro.norm(G * W),
+    }[model.qk_norm]
+    if norms and b == _FP32:
+        norms += b * (H + G) * W  # their inputs
+    return Phase(name="attention", inside=whole + n * norms, rows=whole, grads=b * (n * (H + G) + n * G) * W)
+
+
+def _passing(micro: Microbatch) -> int:
+    """Numbers per token from which keys and values are made, and which pass round the ring."""
+    model = micro.config.model
+    if model.attention == "gqa":
+        return 2 * model.kv_heads // micro.layout.tp * model.qk_head_dim
+    return model.kv_lora_rank + model.qk_rope_head_dim
 
 
 def _flash(micro: Microbatch) -> Phase:
     """Queries, keys, values, output; values narrower than queries are padded (moe/model/attention.py)."""
     model, n, b = micro.config.model, micro.n, micro.b
-    H, query, value = model.num_heads // micro.layout.tp, model.qk_head_dim, model.v_head_dim
+    H, query, value = model.num_heads // micro.layout.tp, model.qk_head_dim, model.value_head_dim
     padded = value < query
-    kept = 4 * query + value if padded else 2 * query + model.qk_nope_head_dim + 2 * value
-    length = micro.config.data.sequence_length
-    mask = b * micro.sequences * length**2 if micro.config.data.mask_documents else 0
+    if model.attention == "gqa":
+        kept = n * H * 4 * query
+    else:
+        per_head = 4 * query + value if padded else 2 * query + model.qk_nope_head_dim + 2 * value
+        kept = n * (H * per_head + _passing(micro))
     return Phase(
         name="attention",
-        inside=b * n * (H * kept + model.kv_lora_rank + model.qk_rope_head_dim) + _FP32 * n * H + mask,
+        inside=b * (kept + _mask(micro)) + _FP32 * n * H,
         backward=b * n * H * (3 * query + value + (query if padded else 0)),
     )
 
@@ -182,11 +218,14 @@ def _ring(micro: Microbatch) -> Phase:
     Of the ranks that share sequences the first has most: the other ranks' keys, whole, to half its queries.
     """
     model, n, b, cp = micro.config.model, micro.n, micro.b, micro.layout.cp
-    H, query, value = model.num_heads // micro.layout.tp, model.qk_head_dim, model.v_head_dim
-    passing, queries = model.kv_lora_rank + model.qk_rope_head_dim, n * (cp + 1) // 2
+    H, query, value = model.num_heads // micro.layout.tp, model.qk_head_dim, model.value_head_dim
+    passing, queries = _passing(micro), n * (cp + 1) // 2
     scores = _FP32 * H * min(BLOCK, n // micro.sequences) * n
     partial = queries * H * (b * value + _FP32)  # output and log-sum-exp
-    expanded = b * n * H * (query + model.qk_nope_head_dim + value)
+    if model.attention == "mla":
+        expanded = b * n * H * (query + model.qk_nope_head_dim + value)
+    else:  # a head without others in its group needs no copy
+        expanded = b * n * H * 2 * query if model.kv_heads < model.num_heads else 0
     return Phase(
         name="attention",
         outputs=b * micro.t * model.hidden_size * 2 + b * n * (H * query + cp * passing) + partial,

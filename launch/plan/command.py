@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import compose
+from launch.inherit import begin_from
 from launch.options import Parser
 from launch.output import check_json, write_json
 from moe.config import RunConfig
@@ -26,11 +27,14 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table and the verdict; the exit code is 0 where the run fits and 1 where it does not."""
     options = _parse(arguments)
     named, overrides = compose.take(options.settings, ("recipe",))
-    config = compose.from_recipe(named.get("recipe", "tiny"), overrides)
+    config, notes = _begun(compose.from_recipe(named.get("recipe", "tiny"), overrides), overrides)
     from launch.plan.estimate import estimate  # imports torch
 
     asked = estimate(config, options.imbalance)
-    result, lines = asked.json() | {"imbalance": options.imbalance}, [*_table(asked), "", *_notes(options)]
+    result, lines = (
+        asked.json() | {"imbalance": options.imbalance},
+        [*_table(asked), "", *notes, *_notes(options)],
+    )
     if options.compare:
         result["compare"], rows = _compare(config, options.imbalance)
         lines += ["", *rows]
@@ -58,6 +62,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.json != STDOUT:
         check_json(options.json)
     return options
+
+
+def _begun(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, tuple[str, ...]]:
+    """The settings with the model of `train.init`, or with the recipe's where that is not at hand."""
+    init = config.train.init
+    if init is None:
+        return config, ()
+    if not Path(init).expanduser().exists():
+        return config, (f"the model is the recipe's: `train.init={init}` is not here",)
+    config, notes = begin_from(config, overrides)
+    return config, (f"the model is that of `train.init={init}`", *notes)
 
 
 def verdict(asked: "Estimate", imbalance: float) -> str:

@@ -28,11 +28,14 @@ _TOPK_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek_v3
 _FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
 _ABOUT_FILES = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 _ABOUT_SERVING = {"use_cache", "output_router_logits", "pretraining_tp", "ep_size"}
+_ABOUT_TEXT = {"bos_token_id", "eos_token_id", "pad_token_id"}  # `convert to-hf` puts them back
 _READ_OTHERWISE = {
     *("head_dim", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"),
     "max_window_layers",  # of the sliding window, which must be off
 }
-_ELSEWHERE = _ABOUT_FILES | _ABOUT_SERVING | _READ_OTHERWISE  # nothing is lost where these differ
+_ELSEWHERE = (
+    _ABOUT_FILES | _ABOUT_SERVING | _ABOUT_TEXT | _READ_OTHERWISE
+)  # nothing is lost where these differ
 _OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 

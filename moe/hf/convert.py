@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe.data.tokenizer import TOKENIZER, end_of_document, open_tokenizer
 from moe.hf import folder as hf
+from moe.hf.esft import merged
 from moe.hf.inventory import in_checkpoint
 from moe.hf.places import CHECKPOINTS, COMPANIONS, SETTINGS, find
 from moe.hf.save import SHARD_BYTES, Conversion, export, write
@@ -55,13 +56,24 @@ def plan_from_hf(source: Path) -> Conversion:
 
 
 def plan_to_hf(
-    source: Path, target: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    adapter: Path | None = None,
 ) -> Conversion:
-    """Plan the Hugging Face folder of a run, checkpoint or model folder, whose checksums were verified."""
-    companions = find(source).companions()
+    """Plan the Hugging Face folder of a run, checkpoint or model folder, whose checksums were verified.
+
+    The tensors of an ESFT `adapter` take the place of its own.
+    """
+    place = find(source)
+    companions = place.companions()
+    for sentence in place.settings()[2]:
+        logger.warning("%s: %s", source, sentence)
+    opened = open_weights(source)
     return export(
         target,
-        open_weights(source),
+        opened if adapter is None else merged(opened, adapter),
         dtype=dtype,
         shard_bytes=shard_bytes,
         config_json=_special_tokens(companions),

@@ -4,22 +4,27 @@ An adapter is a folder as DeepSeek's ESFT has them: safetensors files of the tra
 each layer, and the selection (moe/selection.py). Released adapters leave out `model.` before the names.
 """
 
+import hashlib
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
-from safetensors import safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.hf import names
+from moe.hf.folder import identity, read_header
+from moe.hf.inventory import released_parts
+from moe.hf.tensors import Layered
+from moe.hf.weights import Opened, open_file
 from moe.selection import FILE, Selection, as_json
 from parallel.errors import UserError
 from parallel.files import new_folder, sync
+from parallel.shards import Piece
 
 
 def save_changed(
@@ -42,69 +47,70 @@ def save_changed(
         sync(path)
 
 
-def merge_changed(base: Path, adapter: Path, folder: Path) -> int:
-    """A Hugging Face folder with an adapter's tensors in place of its own; how many there were.
+class Changed:
+    """The tensors of an adapter by their canonical names, in the types of the model that they belong to.
 
-    All else is the base's, bit for bit; changed tensors are cast to its types. One file is held at a
-    time. UserError where a tensor has no place in the base.
+    Files are mapped; of a tensor only its parts are read, when it is asked for. UserError where there is no
+    adapter, or a tensor has no place in the model.
     """
-    changed = _index(adapter)
-    left = set(changed)
-    with new_folder(folder) as partial:
-        for path in sorted(entry for entry in base.iterdir() if entry.is_file()):
-            if path.suffix == ".safetensors":
-                left -= _merge_file(path, changed, partial / path.name)
-            else:
-                shutil.copyfile(path, partial / path.name)
-        if left:
+
+    def __init__(self, folder: Path, base: Opened) -> None:
+        self._base, self._parts = base, dict[str, dict[int, Tensor]]()
+        self._files = sorted(folder.glob("*.safetensors"))
+        if not self._files:
+            raise UserError(f"`{folder}` must hold safetensors files, but has none: give an adapter's folder")
+        for path in self._files:
+            read_header(path)  # says what is wrong with a broken file
+            with open_file(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    ours, part = self._place(name, path)
+                    self._parts.setdefault(ours, {})[part] = file.get_tensor(name)
+        for name, parts in self._parts.items():
+            for index, (released, place) in enumerate(released_parts(name, self.shape(name), base.config)):
+                found = tuple(parts[index].shape) if index in parts else None
+                if found != place.extent:
+                    raise UserError(
+                        f"`{released}` in `{folder}` must have shape {place.extent}, but has {found} (None: "
+                        "is not there): use the model that it was made from"
+                    )
+
+    def _place(self, name: str, path: Path) -> tuple[str, int]:
+        whole = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        place = None if name.endswith(names.SCALES) else names.from_hf(whole, self._base.config)
+        if place is None or place[0] not in self._base.weights.names:
             raise UserError(
-                f"`{base}` must have the tensors of `{adapter}`, but lacks `{min(left)}`: use the model that "
-                "it was made from"
+                f"`{self._base.path}` must have the tensors of `{path}`, but lacks `{whole}`: use the model "
+                "that it was made from"
             )
-    return len(changed)
+        return place
+
+    @property
+    def origin(self) -> str:
+        """Over all files, in order."""
+        return hashlib.sha256("".join(map(identity, self._files)).encode()).hexdigest()
+
+    @property
+    def names(self) -> Collection[str]:
+        """The canonical names."""
+        return self._parts.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole canonical tensor."""
+        return self._base.weights.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The model's."""
+        return self._base.weights.dtype(name)
+
+    def read_into(self, piece: Piece) -> None:
+        """Fill a piece's tensor, cast to its dtype."""
+        parts = self._parts[piece.name]
+        piece.tensor.copy_(torch.cat([parts[number] for number in sorted(parts)])[piece.place])
 
 
-class _Place(NamedTuple):
-    """Where a changed tensor is stored."""
-
-    path: Path
-    name: str
-
-
-def _index(adapter: Path) -> dict[str, _Place]:
-    """Every tensor of an adapter by its name in a whole model."""
-    found = {}
-    for path in sorted(adapter.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                is_whole = name.startswith(("model.", "lm_head."))
-                found[name if is_whole else f"model.{name}"] = _Place(path, name)
-    if not found:
-        raise UserError(f"`{adapter}` must hold safetensors files, but has none: give an adapter's folder")
-    return found
-
-
-def _merge_file(path: Path, changed: dict[str, _Place], target: Path) -> set[str]:
-    """Write a file with its changed tensors; their names."""
-    with safe_open(path, framework="pt") as file:
-        held = list(file.keys())
-        replaced = changed.keys() & held
-        if not replaced:
-            shutil.copyfile(path, target)
-            return replaced
-        tensors = {name: file.get_tensor(name) for name in held}
-    for name in replaced:
-        source, inside = changed[name]
-        with safe_open(source, framework="pt") as file:
-            tensor = file.get_tensor(inside)
-        if tensor.shape != tensors[name].shape:
-            raise UserError(
-                f"`{name}` in `{source}` must have shape {tuple(tensors[name].shape)}, but has "
-                f"{tuple(tensor.shape)}: use the model that it was made from"
-            )
-        tensors[name] = tensor.to(tensors[name].dtype)
-    _write(tensors, target)
-    return replaced
+def merged(base: Opened, adapter: Path) -> Opened:
+    """A model with an adapter's tensors in place of its own."""
+    return replace(base, weights=Layered(Changed(adapter, base), base.weights, base.weights.names))
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

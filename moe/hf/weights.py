@@ -88,7 +88,7 @@ def open_init(init: Init, *, verify: bool = False) -> Weights:
 
 
 def open_saved(place: Place, *, verify: bool = False) -> Checkpoint:
-    """The checkpoint of a place, or the newest good one of its run."""
+    """The checkpoint that a place names, or else the newest good one of its run; UserError without one."""
     if place.checkpoint is not None:
         return open_checkpoint(place.checkpoint, verify=verify)
     root = place.folder / CHECKPOINTS

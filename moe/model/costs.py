@@ -9,22 +9,27 @@ or a layout does again, and without what is no product with a weight or of atten
 softmax, activations, the mixing of experts' outputs.
 """
 
-from moe.config import ModelConfig
+from collections import Counter
+from collections.abc import Collection
+
+from moe.config import Component, ModelConfig
 
 
-def active_weights(config: ModelConfig, layer: int) -> int:
-    """How many weights one token is multiplied with in a layer (0-based).
+def active_weights(config: ModelConfig, layer: int) -> dict[Component, int]:
+    """How many weights one token is multiplied with in a layer (0-based), by component.
 
-    They are those of attention, and of a dense MLP or of the router, the chosen and the shared
-    experts; all choices count, whether a capacity lets them in or not. From `num_layers` on the layers
-    are the blocks of MTP modules.
+    All choices count, whether a capacity lets them in or not. From `num_layers` on the layers are the
+    blocks of MTP modules.
     """
-    hidden = config.hidden_size
-    attention = _attention_weights(config)
+    hidden, expert = config.hidden_size, 3 * config.hidden_size * config.moe_intermediate_size
     if not config.is_moe(layer):
-        return attention + 3 * hidden * config.intermediate_size
-    experts = config.top_k + config.num_shared_experts
-    return attention + hidden * config.num_experts + experts * 3 * hidden * config.moe_intermediate_size
+        return {"attention": _attention_weights(config), "dense": 3 * hidden * config.intermediate_size}
+    return {
+        "attention": _attention_weights(config),
+        "router": hidden * config.num_experts,
+        "experts": config.top_k * expert,
+        "shared": config.num_shared_experts * expert,
+    }
 
 
 def _attention_weights(config: ModelConfig) -> int:
@@ -44,7 +49,7 @@ def _attention_weights(config: ModelConfig) -> int:
 def layer_flops(config: ModelConfig, layer: int, sequence_length: int) -> int:
     """A layer's forward, in FLOPs per token of sequences that attend to themselves as a whole."""
     attention = (sequence_length + 1) * config.num_heads * (config.qk_head_dim + config.value_head_dim)
-    return 2 * active_weights(config, layer) + attention
+    return 2 * sum(active_weights(config, layer).values()) + attention
 
 
 def head_flops(config: ModelConfig) -> int:
@@ -73,6 +78,16 @@ def part_costs(config: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     return config.hidden_size, *layers, last
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Forward and backward of the whole model, in FLOPs per token: three forwards."""
-    return 3 * sum(part_costs(config, sequence_length))
+def train_flops_per_token(
+    config: ModelConfig, sequence_length: int, frozen: Collection[Component] = ()
+) -> int:
+    """Forward and backward of the whole model, in FLOPs per token.
+
+    Three forwards, less the products that would be the gradients of `frozen` weights: two FLOPs each.
+    """
+    heads, modules = 1 + config.num_mtp_layers, config.num_mtp_layers
+    tied = "embedding" if config.tie_embeddings else "head"
+    weights = Counter({tied: heads * head_flops(config) // 2, "mtp": modules * 2 * config.hidden_size**2})
+    for layer in range(config.num_layers + modules):
+        weights.update(active_weights(config, layer))
+    return 3 * sum(part_costs(config, sequence_length)) - 2 * sum(weights[name] for name in frozen)

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 
 from moe.data.tokenizer import end_of_document
 from moe.model.mtp import IGNORE
-from moe.model.transformer import Microbatch
+from moe.model.transformer import Outcome
 from moe.train.engine import Engine
+from moe.train.evaluate import forward
 from parallel.collectives import all_reduce
 from parallel.errors import UserError
 from parallel.layout import length_multiple
@@ -146,7 +147,7 @@ def score(engine: Engine, rows: Sequence[tuple[list[int], int]], batch_size: int
     for numbers in _shares(order, ranks * batch_size):
         mine = numbers[rank::ranks]
         # A rank without rows runs on padding, because exchanges need every rank.
-        (outcome,) = engine.forward([_microbatch([rows[number] for number in mine] or [([0, 0], 0)], engine)])
+        outcome = _run(engine, [rows[number] for number in mine] or [([0, 0], 0)])
         if outcome.losses is not None and groups.index("tp") == 0:
             for number, losses in zip(mine, outcome.losses, strict=False):
                 found[number] -= losses.double().sum()
@@ -158,7 +159,7 @@ def _shares(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield numbers[begin : begin + size]
 
 
-def _microbatch(rows: Sequence[tuple[list[int], int]], engine: Engine) -> Microbatch:
+def _run(engine: Engine, rows: Sequence[tuple[list[int], int]]) -> Outcome:
     multiple = length_multiple(engine.groups.layout.cp, engine.groups.layout.tp)
     width = -(-max(len(tokens) - 1 for tokens, _ in rows) // multiple) * multiple
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -168,9 +169,4 @@ def _microbatch(rows: Sequence[tuple[list[int], int]], engine: Engine) -> Microb
         tokens[index, :length] = torch.tensor(row[:-1])
         valid[index, :length] = scored > 0
         labels[index, length - scored : length] = torch.tensor(row[len(row) - scored :])
-    return Microbatch(
-        tokens=tokens.to(engine.device),
-        labels=labels.to(engine.device),
-        valid=valid.to(engine.device),
-        loss_weights=(1.0,) * (1 + engine.model.config.num_mtp_layers),
-    )
+    return forward(engine, *(tensor.to(engine.device) for tensor in (tokens, labels, valid)))

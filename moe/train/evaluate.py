@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from moe.data.loader import Batch, Loader
 from moe.model.mtp import IGNORE
-from moe.model.transformer import Microbatch, positions_of
+from moe.model.transformer import Microbatch, Outcome, positions_of
 from moe.train.engine import Engine
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
@@ -26,14 +27,8 @@ def evaluate(
     has_losses = groups.index("tp") == 0  # every rank of a TP group has the same
     for batch in batches:
         batch = batch.to(device)
-        microbatch = Microbatch(
-            tokens=batch.tokens,
-            labels=batch.labels,
-            valid=batch.valid,
-            documents=batch.documents if mask_documents else None,
-            loss_weights=(1.0,) * (1 + engine.model.config.num_mtp_layers),
-        )
-        (outcome,) = engine.forward([microbatch])
+        documents = batch.documents if mask_documents else None
+        outcome = forward(engine, batch.tokens, batch.labels, batch.valid, documents)
         if outcome.losses is None or not has_losses:
             continue
         held = positions_of(batch.labels.shape[1], groups)
@@ -44,6 +39,21 @@ def evaluate(
     loss, count = all_reduce(sums, groups.world).tolist()
     means = {name: total / n for name, total, n in zip(domains, loss, count, strict=True) if n}
     return {"all": sum(loss) / max(1.0, sum(count)), **means}
+
+
+def forward(
+    engine: Engine, tokens: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None = None
+) -> Outcome:
+    """Run one microbatch, of tensors [B, S], forward: losses and loads as they are. Every rank must call."""
+    microbatch = Microbatch(
+        tokens=tokens,
+        labels=labels,
+        valid=valid,
+        documents=documents,
+        loss_weights=(1.0,) * (1 + engine.model.config.num_mtp_layers),
+    )
+    (outcome,) = engine.forward([microbatch])
+    return outcome
 
 
 def rounds(loader: Loader, groups: Groups, num_sequences: int | None, batch_size: int) -> Iterator[Batch]:

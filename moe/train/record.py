@@ -4,11 +4,11 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from moe.config import RunConfig
+from moe.config import Component, RunConfig
 from moe.model.costs import train_flops_per_token
 from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
 from moe.telemetry.sinks import JsonLines, read_rows, trim_after
@@ -82,11 +82,16 @@ class Recorder:
         return row
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        """The model's own work over what all ranks could do at their peak; None where that is not known."""
+        """The model's own work over what all ranks could do at their peak; None where that is not known.
+
+        Frozen weights have no gradients; nor count those of adapters and chosen experts, which are few.
+        """
         peak, length = self._config.cluster.peak_tflops, self._config.data.sequence_length
         if peak is None:
             return None
-        flops = train_flops_per_token(self._config.model, length)
+        tune = self._config.tune
+        frozen = tune.frozen if tune.method == "full" else get_args(Component)
+        flops = train_flops_per_token(self._config.model, length, frozen)
         return tokens_per_second * flops / (self._world_size * peak * 1e12)
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:

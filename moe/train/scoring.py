@@ -12,8 +12,9 @@ import torch
 
 from moe.config import ModelConfig
 from moe.data.loader import Batch
-from moe.model.transformer import Microbatch, expert_layers
+from moe.model.transformer import expert_layers
 from moe.train.engine import Engine
+from moe.train.evaluate import forward
 from parallel.collectives import all_reduce
 
 
@@ -33,14 +34,9 @@ def score(engine: Engine, batches: Iterable[Batch], *, separate_documents: bool)
     sums = torch.zeros(2, len(names), config.num_experts, dtype=torch.float64, device=engine.device)
     for batch in batches:
         batch = batch.to(engine.device)
-        microbatch = Microbatch(
-            tokens=batch.tokens,
-            labels=batch.labels,  # without labels MTP modules do not run
-            valid=batch.valid,
-            documents=batch.documents if separate_documents else None,
-            loss_weights=(1.0,) * (1 + config.num_mtp_layers),
-        )
-        (outcome,) = engine.forward([microbatch])
+        documents = batch.documents if separate_documents else None
+        # Without labels MTP modules would not run.
+        outcome = forward(engine, batch.tokens, batch.labels, batch.valid, documents)
         for name, load in outcome.loads.items():
             sums[0, names.index(name)] += load.counts_E
             sums[1, names.index(name)] += load.gates_E

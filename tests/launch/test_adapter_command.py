@@ -50,7 +50,7 @@ def test_a_run_goes_out_and_another_begins_with_it(
 
 def test_other_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "to-peft", str(tmp_path), str(tmp_path / "peft")]) == 2
-    assert "must be the folder of a run, but holds no config.yaml" in capsys.readouterr().err
+    assert "has neither config.json, config.yaml nor" in capsys.readouterr().err
     (tmp_path / CONFIG).write_text(compose.write_yaml(small_run(tmp_path)))
     assert main(["convert", "to-peft", str(tmp_path), str(tmp_path / "peft")]) == 2
     assert "must be lora, but is full" in capsys.readouterr().err

@@ -5,8 +5,17 @@ from typing import Any, get_args
 
 import pytest
 
-from moe.config import Component, LayoutConfig, ModelConfig, RopeConfig, RunConfig, ScheduleName
-from moe.rules import build, known_keys, validate
+from moe.config import (
+    BalanceConfig,
+    Component,
+    LayoutConfig,
+    ModelConfig,
+    RopeConfig,
+    RunConfig,
+    ScheduleName,
+    TuneConfig,
+)
+from moe.rules import build, known_keys, tuning_notes, validate
 from parallel.errors import UserError
 from parallel.layout import Layout
 from parallel.pipeline.schedules import FORMS
@@ -172,8 +181,8 @@ def test_known_keys_reach_into_groups() -> None:
         ),
         (
             {"tune.method": "lora"},
-            "`balance.bias` must be frozen or none where routers are frozen, or their choices would drift, "
-            "but is update: set `balance.bias=frozen`",
+            "`balance.bias` must be frozen or none where routers are frozen or only some experts trained, or "
+            "their choices would drift, but is update: set `balance.bias=frozen`",
         ),
         ({"tune.frozen": ["router"]}, "`balance.bias` must be frozen or none where routers are frozen"),
         (
@@ -399,6 +408,24 @@ def test_open_ends_and_the_rotation(key: str, value: Any) -> None:
 )
 def test_training_some_experts_leaves_the_rest_alone(settings: dict[str, Any], said: str) -> None:
     assert sentence({"tune.method": "esft", **settings}).startswith(said)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_selection_is_for_esft(method: str) -> None:
+    settings = {"tune.method": method, "tune.selection": "law.json", "balance.bias": "frozen"}
+    assert sentence(settings) == (
+        f"`tune.selection` must be null with `tune.method={method}`, but is law.json: set `tune.method=esft`"
+    )
+
+
+def test_an_auxiliary_loss_on_frozen_routers_is_noted() -> None:
+    """A selection may train routers, which no rule knows that reads no file."""
+    balance = BalanceConfig(bias="frozen", sequence_aux=1e-3)
+    lora, esft = (RunConfig(balance=balance, tune=TuneConfig(method=each)) for each in ("lora", "esft"))
+    (plain,), (careful,) = tuning_notes(lora), tuning_notes(esft)
+    assert plain.startswith("`balance.sequence_aux` cannot move routers that are frozen, only")
+    assert "frozen (unless `non_expert_modules` of the selection trains them), only" in careful
+    assert not list(tuning_notes(RunConfig(balance=balance)))
 
 
 def test_every_schedule_that_can_be_set_is_known() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.assembly import Assembly, Part, PlannedFile
 from parallel.errors import UserError
+from parallel.files import new_folder
 from tests.ranks import run_ranks
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2, 2)}
@@ -62,6 +63,16 @@ def check(target: Path, names: str = "xyz") -> None:
 def identities(target: Path) -> dict[str, tuple[int, int]]:
     folder = target.with_name(f".{target.name}.partial") / "new" / "in"
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_another_maker_of_the_same_folder_leaves_the_unfinished_one(tmp_path: Path) -> None:
+    with Assembly(tmp_path / "out") as assembly:
+        assembly.begin(plan())
+        assembly.write(plan()[:1])
+    before = identities(tmp_path / "out")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert before and identities(tmp_path / "out") == before
 
 
 def test_a_folder_and_what_is_known_of_it(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.parallel.replicas import (
     travelling,
 )
 from tests.ranks import run_ranks
+from tests.reduced import norm_of
 
 
 def reduce(rank: int, world_size: int) -> tuple[list[Flat], float, float]:
@@ -34,10 +35,10 @@ def reduce(rank: int, world_size: int) -> tuple[list[Flat], float, float]:
     zero.clear()  # what was added before is forgotten
     add_gradients(parameters, rank, world_size)
     zero.finish_reduce()
-    held, norm = travelling(owned(zero, "grad")), zero.norm()
+    held, norm = travelling(owned(zero, "grad")), norm_of(zero)
     for segment in zero.segments():
         segment.grad.mul_(0.5)
-    return held, norm, zero.norm()
+    return held, norm, norm_of(zero)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -207,7 +208,7 @@ def test_main_grad_equals_grad_over_microbatches() -> None:
         assert mine.grad is None
         torch.testing.assert_close(mine.main_grad, theirs.grad)
     whole = torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
-    assert zero.norm() == pytest.approx(whole.norm().item(), rel=1e-6)
+    assert norm_of(zero) == pytest.approx(whole.norm().item(), rel=1e-6)
 
 
 def test_bf16_parameters_accumulate_in_fp32() -> None:
@@ -223,7 +224,7 @@ def test_the_norm_is_summed_in_fp64() -> None:
     model = nn.ParameterDict({"gain": nn.Parameter(torch.zeros(2))})
     zero = alone(model)
     model["gain"].main_grad.fill_(1e30)  # its square overflows fp32
-    assert zero.norm() == pytest.approx(math.sqrt(2) * 1e30)
+    assert norm_of(zero) == pytest.approx(math.sqrt(2) * 1e30)
 
 
 def test_gradients_added_while_summed_are_noticed() -> None:
@@ -260,7 +261,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     zero.finish_reduce()
     zero.start_gather()
     zero.arrive("all")
-    assert frozen.eq(0.5).all() and zero.norm() > 0
+    assert frozen.eq(0.5).all() and norm_of(zero) > 0
 
 
 def test_a_unit_may_be_frozen_as_a_whole() -> None:
@@ -270,7 +271,7 @@ def test_a_unit_may_be_frozen_as_a_whole() -> None:
     zero.finish_reduce()
     zero.start_gather()
     zero.arrive("all")
-    assert zero.norm() == 0.0 and list(zero.segments()) == []
+    assert norm_of(zero) == 0.0 and list(zero.segments()) == []
 
 
 def test_parameters_become_aligned_views_and_stay_themselves() -> None:

@@ -8,6 +8,7 @@ import torch
 from launch.plan.activations import Microbatch, phases
 from launch.plan.peaks import peak, stage_of
 from moe.config import DataConfig, LayoutConfig, ModelConfig, RunConfig, TrainConfig
+from moe.data.sources import DOCSTRINGS
 from moe.model import transformer
 from moe.model.stages import split
 from moe.rules import validate
@@ -19,6 +20,7 @@ from tests.alive import Alive
 from tests.ranks import run_ranks
 
 LENGTH = 128
+DATA = DataConfig(sequence_length=LENGTH)
 MODEL = ModelConfig(
     vocab_size=256,
     hidden_size=64,
@@ -35,17 +37,25 @@ LITE = dict(vocab_size=512, num_shared_experts=2, top_k=6, score_function="softm
 
 
 def run(
-    layout: LayoutConfig, *, precision: str = "fp32", recompute: str = "none", **model: object
+    layout: LayoutConfig,
+    *,
+    precision: str = "fp32",
+    recompute: str = "none",
+    data: DataConfig = DATA,
+    **model: object,
 ) -> RunConfig:
     parts = layout.microbatches * (layout.dp or 1)
     return RunConfig(
         model=replace(MODEL, **model),  # type: ignore[arg-type]
-        data=DataConfig(sequence_length=LENGTH),
+        data=data,
         layout=layout,
         train=TrainConfig(batch_size=2 * parts, precision=precision, recompute=recompute),  # type: ignore[arg-type]
     )
 
 
+DENSE = dict(num_dense_layers=4, intermediate_size=96)
+# Widths of latents, which this attention does not have, change nothing.
+GROUPED = dict(attention="gqa", num_kv_heads=2, head_dim=24, kv_lora_rank=256, v_head_dim=64, **DENSE)
 PAIR = LayoutConfig(dp=2, ep=2, microbatches=2)
 DUAL = LayoutConfig(pp=2, microbatches=4, schedule="dualpipe")
 CASES = {
@@ -55,6 +65,18 @@ CASES = {
     "mtp": run(LayoutConfig(dp=1), num_mtp_layers=1),
     "mtp recomputed": run(LayoutConfig(dp=1), num_mtp_layers=1, precision="bf16", recompute="full"),
     "query latent": run(LayoutConfig(dp=1), q_lora_rank=48, v_head_dim=24, num_dense_layers=4),
+    "dense": run(LayoutConfig(dp=1), **DENSE),
+    "documents": run(
+        LayoutConfig(dp=1),
+        data=replace(DATA, format="chat", packing="whole", paths=(DOCSTRINGS,)),
+        num_dense_layers=4,
+    ),
+    "gqa": run(LayoutConfig(dp=1), **GROUPED),
+    "gqa bf16 normed": run(LayoutConfig(dp=1), precision="bf16", qk_norm="head", **GROUPED),
+    "gqa normed whole": run(LayoutConfig(dp=1), qk_norm="full", **GROUPED | {"num_kv_heads": 4}),
+    "gqa tp": run(LayoutConfig(tp=2, dp=1), **GROUPED),
+    "gqa cp": run(LayoutConfig(cp=2, dp=1), **GROUPED),
+    "gqa cp own keys": run(LayoutConfig(cp=2, dp=1), **GROUPED | {"num_kv_heads": 4}),
     "ep": run(PAIR, **LITE),
     "ep bf16": run(PAIR, precision="bf16", **LITE),
     "ep bf16 recomputed": run(PAIR, precision="bf16", recompute="full", **LITE),
@@ -92,6 +114,7 @@ def measure(rank: int, world_size: int) -> dict[str, int]:
             tokens=tokens,
             labels=tokens,
             valid=torch.ones_like(tokens, dtype=torch.bool),
+            documents=tokens if config.data.separate_documents else None,
             loss_weights=(1.0,) * (1 + config.model.num_mtp_layers),
         )
         with Alive() as alive:
@@ -125,3 +148,9 @@ def reckoned(config: RunConfig, rank: int) -> int:
 def test_the_peak_is_the_measured_one(name: str, measured: dict[str, list[int]]) -> None:
     for rank, found in enumerate(measured[name]):
         assert reckoned(CASES[name], rank) == pytest.approx(found, rel=0.1), f"rank {rank}"
+
+
+def test_what_separate_documents_take_is_the_measured_part(measured: dict[str, list[int]]) -> None:
+    """The mask of a stage, and what each layer's attention makes of it."""
+    found = measured["documents"][0] - measured["dense"][0]
+    assert reckoned(CASES["documents"], 0) - reckoned(CASES["dense"], 0) == pytest.approx(found, rel=0.1)

@@ -2,14 +2,18 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import compose
 from launch.__main__ import main
 from launch.plan.estimate import ALLOWANCE, estimate
 from moe.config import DataConfig, LayoutConfig, OptimConfig, RunConfig, TrainConfig
+from moe.hf.places import find
+from tests.moe.hf.shards import lite_folder
 from tests.released import V2_LITE, V3
 
 Printed = pytest.CaptureFixture[str]
@@ -71,6 +75,21 @@ def test_json_adds_up(lite: str, capsys: Printed, tmp_path: Path) -> None:
     assert uneven["weights_bytes"] == rank["weights_bytes"]
 
 
+def test_the_model_is_that_of_the_weights(tmp_path: Path, capsys: Printed) -> None:
+    """As `train` takes it; a recipe whose weights are elsewhere is planned as it says."""
+    folder = lite_folder(tmp_path / "released")
+    words = ["plan", "recipe=tiny", "data.sequence_length=64", "balance.bias=none"]
+    assert main([*words, f"train.init={folder}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["per_rank"]
+    config = compose.from_recipe("tiny", words[2:])
+    expected = estimate(replace(config, model=find(folder).settings()[0]), 1.5).fullest
+    assert found["weights_bytes"] == expected.weights_bytes
+    assert main([*words, f"train.init={folder}"]) == 0
+    assert f"the model is that of `train.init={folder}`\n" in capsys.readouterr().out
+    assert main([*words, "train.init=elsewhere"]) == 0
+    assert "the model is the recipe's: `train.init=elsewhere` is not here\n" in capsys.readouterr().out
+
+
 def test_memory_is_the_clusters(lite: str) -> None:
     assert main(["plan", lite, "layout.ep=8", "cluster.memory_gb=40"]) == 1
 
@@ -80,12 +99,14 @@ def test_memory_is_the_clusters(lite: str) -> None:
     [
         (["--imbalance", "0.5"], "`--imbalance` must be at least 1"),
         (["cluster=a80x8"], "there is no cluster `a80x8`: did you mean `a800x8`"),
+        (["--bogus"], "unrecognized arguments: --bogus: `switchyard plan --help` says how it is used"),
         (["optim.engine=deepspeed"], "`plan` reckons with `optim.engine=switchyard`"),
     ],
 )
 def test_what_it_refuses(words: list[str], sentence: str, capsys: Printed) -> None:
     assert main(["plan", *words]) == 2
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
 
 
 def test_v3_on_2048_ranks_takes_seconds() -> None:

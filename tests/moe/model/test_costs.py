@@ -1,13 +1,16 @@
 """FLOPs per token are those that torch counts, and for released models those that were published."""
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import ModelConfig
+from moe.components import component_of
+from moe.config import Component, ModelConfig
 from moe.model import attention, attention_layer
 from moe.model.costs import (
     active_weights,
@@ -41,9 +44,11 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
     return attention.partial_attention(query, key, value, scale, causal=True)[0]
 
 
-def counted(config: ModelConfig) -> tuple[int, int]:
+def counted(config: ModelConfig, frozen: Collection[Component] = ()) -> tuple[int, int]:
     """What torch counts in products: forward and backward of a microbatch."""
     model, tape = Transformer(config), Tape()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(component_of(name) not in frozen)
     tokens = torch.randint(config.vocab_size, (SEQUENCES, LENGTH))
     batch = Microbatch(
         tokens=tokens,
@@ -81,6 +86,17 @@ def test_torch_counts_the_same(config: ModelConfig, monkeypatch: pytest.MonkeyPa
     assert counted(config) == (products + mixed, 2 * products + mixed + scores)
 
 
+@pytest.mark.parametrize("component", get_args(Component))
+def test_frozen_weights_have_no_gradients(component: Component) -> None:
+    """What torch counts less in a backward is what is taken off, one component at a time."""
+    config = replace(CASES["MTP"], num_shared_experts=3)
+    _, whole = counted(config)
+    _, less = counted(config, {component})
+    saved = train_flops_per_token(config, LENGTH) - train_flops_per_token(config, LENGTH, {component})
+    missing = SEQUENCES * config.top_k * 2 * 3 * config.hidden_size * config.moe_intermediate_size
+    assert whole - less == SEQUENCES * LENGTH * saved - (missing if component == "experts" else 0)
+
+
 @pytest.mark.parametrize(
     ("config", "billions"),
     [
@@ -103,7 +119,7 @@ def test_active_weights_are_the_models_own(config: ModelConfig, billions: float)
         if parameter.ndim > 1 and not name.startswith("embedding"):
             share = config.top_k if ".experts." in name else config.num_experts
             active += parameter.numel() * share // config.num_experts
-    layers = sum(active_weights(config, layer) for layer in range(config.num_layers))
+    layers = sum(sum(active_weights(config, layer).values()) for layer in range(config.num_layers))
     assert layers + head_flops(config) // 2 == active
 
 
@@ -138,7 +154,7 @@ def test_parts_stand_in_order() -> None:
 
 def test_a_tenth_of_v2_lite_is_attention() -> None:
     layers = range(V2_LITE.num_layers)
-    weights = sum(active_weights(V2_LITE, layer) for layer in layers)
+    weights = sum(sum(active_weights(V2_LITE, layer).values()) for layer in layers)
     assert weights + head_flops(V2_LITE) // 2 == pytest.approx(2.451e9, abs=5e5)
     attention = sum(layer_flops(V2_LITE, layer, 4096) for layer in layers) - 2 * weights
     assert 3 * attention / train_flops_per_token(V2_LITE, 4096) == pytest.approx(0.10, abs=5e-3)

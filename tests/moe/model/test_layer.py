@@ -21,7 +21,7 @@ from parallel.pipeline.tape import Direct, Recorder, Tape, run
 from parallel.sequence import Positions
 from parallel.shards import Piece
 from tests.ranks import run_ranks
-from tests.reduced import assemble, assert_same, buffers, canonical, owned_gradients
+from tests.reduced import assemble, assert_same, buffers, canonical, norm_of, owned_gradients
 
 LENGTH = 8
 SIGMOID = ModelConfig(
@@ -158,7 +158,7 @@ def cut(case: Case, groups: Groups) -> RankResult:
     run(tape.backward())
     owned = owned_gradients(zero)
     assert hidden.grad is not None
-    return RankResult(Result(output, hidden.grad, load), owned, zero.norm())
+    return RankResult(Result(output, hidden.grad, load), owned, norm_of(zero))
 
 
 def cut_cases(rank: int, world_size: int, layout: Layout, cases: dict[str, Case]) -> dict[str, RankResult]:

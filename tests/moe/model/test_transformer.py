@@ -20,7 +20,7 @@ from parallel.pipeline.tape import Direct, Tape, run
 from parallel.shards import Piece, pieces
 from parallel.zero import Zero
 from tests.ranks import run_ranks
-from tests.reduced import canonical, owned_gradients, ranks_of
+from tests.reduced import canonical, norm_of, owned_gradients, ranks_of
 from tests.small import SMALL_MODEL
 
 V3 = replace(
@@ -166,7 +166,7 @@ def train(case: Case, groups: Groups, layout: LayoutConfig, recompute: bool) -> 
     first = groups.index("dp") * local
     microbatches = share_out(global_batch(case), parts)[first : first + local]
     outcomes = Runner(model, config, groups, zero).train(microbatches)
-    return collect(outcomes, owned_gradients(zero), zero.norm())
+    return collect(outcomes, owned_gradients(zero), norm_of(zero))
 
 
 def on_ranks(rank: int, world_size: int, case: Case, layout: LayoutConfig, recompute: bool) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import compose, esft, select
+from launch import adapter, compose, select
 from launch.scores import scores_file
 from launch.scores import select as select_on_rank
 from moe.config import LayoutConfig, RunConfig
@@ -126,5 +126,5 @@ def test_the_command_writes_a_selection_that_can_be_trained(
         select.make_plan([*words, "--threshold", "0"])
     with pytest.raises(UserError, match="weights must come from"):
         select.make_plan([str(tmp_path), *words[1:]])
-    with pytest.raises(UserError, match=r"tune\.method=esft"):
-        esft.export([str(folder), str(tmp_path / "adapter")])
+    with pytest.raises(UserError, match=r"`tune\.method` of .* must be esft, but is full"):
+        adapter.to_esft([str(folder), str(tmp_path / "adapter")])

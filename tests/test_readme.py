@@ -65,7 +65,6 @@ def runnable(command: str) -> list[str]:
         few = {
             "balance": ["--steps", "2"],
             "checkpoint": ["--every", "1", "--rounds", "1"],
-            "schedule": ["--ranks", "2", "--microbatches", "4", "--rounds", "1"],
         }
         return words + few[words[words.index("bench") + 1]]
     return words

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.telemetry.sinks import finite, replace_file
+from moe.telemetry.rows import finite, replace_file
 from parallel.errors import UserError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.options import Parser
 from launch.output import check_json, write_json
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from parallel.errors import UserError
 from parallel.pipeline.action import Schedule
 from parallel.pipeline.draw import draw

@@ -12,7 +12,7 @@ from moe.data.corpus import prepare
 from moe.hf.inventory import complete, is_bias
 from moe.model.transformer import expert_layers
 from moe.selection import Selection, as_json, released_numbers, shortest_prefix
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from moe.train.evaluate import rounds
 from moe.train.scoring import Scores, score
 from moe.train.step import local_batch_size, open_loader

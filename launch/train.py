@@ -21,7 +21,7 @@ from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.hf.places import SETTINGS as CONFIG
 from moe.rules import tuning_notes, validate
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from parallel.errors import UserError
 from parallel.layout import Layout
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipe", "dualpipev"]
 PackingName = Literal["stream", "whole", "bucket"]
+SinkName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 Component = Literal["embedding", "attention", "router", "experts", "shared", "dense", "norm", "head", "mtp"]
 
 
@@ -222,12 +223,34 @@ class TuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """From where on a run is said to go wrong; null switches that alarm off. NaN always raises one."""
+
+    dead_steps: int | None = 100  # in a row in which an expert received no token
+    max_vio: float | None = 4.0  # of a layer over `telemetry.window`
+    bias: float | None = 1.0  # distance of an expert's selection bias from its layer's mean
+    rank_share: float | None = 2.0  # rows that a rank's experts received over the window, over the mean
+    domain: float | None = 0.1  # of a domain's tokens over the window, over its share before
+    loss_spike: float | None = 6.0  # above the recent mean, in the recent steps' standard deviations
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
-    """What is recorded of expert load."""
+    """What is recorded of expert load, for how long in full, and who hears of it."""
 
     window: int = 50  # steps of the windowed MaxVio
     domains_every: int = 10  # steps between per-domain slices (0: never)
+    pairs_every: int = 100  # steps between counts of which experts are chosen together (0: never)
+    times_every: int = 10  # steps between measured times of experts and schedule slots (0: never)
+    routing_every: int = 0  # steps between saves of every token's chosen experts, to recount (0: never)
+    full_steps: int = 1000  # the last so many steps keep a row each; older ones are summed
+    thin_steps: int = 10  # steps of a sum
     log_every: int = 10  # steps between plain progress lines when there is no terminal
+    sinks: tuple[SinkName, ...] = ()  # besides the files of the run
+    project: str = "switchyard"  # under which W&B and MLflow file a run
+    host: str = "127.0.0.1"  # where the Prometheus endpoint listens
+    port: int = 9464
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ ONLY_IN = {
 # Imported inside functions: what not every machine has, or what is slow and needed late.
 LATE = {
     "": ("matplotlib", "tqdm", "transformers", "transformer_engine", "deep_ep", "apex", "deepspeed"),
+    "moe.telemetry": ("pyarrow", "tensorboardX", "wandb", "mlflow", "prometheus_client"),
     "launch": ("torch", "launch", "moe", "parallel"),  # the command line answers before torch is loaded
 }
 

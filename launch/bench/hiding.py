@@ -25,7 +25,7 @@ from launch.bench.pauses import Exercise, Paused
 from moe.config import RunConfig
 from moe.model.transformer import Microbatch
 from moe.rules import validate
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from moe.train.runner import make_schedule
 from moe.train.step import make_model
 from moe.train.units import parameter_units

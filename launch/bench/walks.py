@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.bench.pauses import pause
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from moe.train.world import world
 from parallel.collectives import Group, all_reduce, group_rank
 from parallel.pipeline.action import Schedule, Slot

@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from moe.telemetry.load import Layer, LoadWindow, dead, max_vio
-from moe.telemetry.sinks import read_rows
+from moe.telemetry.rows import read_rows
 
 ALL = "all"  # the evaluation domain that stands for the total
 

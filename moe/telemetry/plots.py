@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.telemetry.load import Layer, LoadWindow
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

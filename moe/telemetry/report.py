@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe.telemetry.digest import ALL, Run, read_run
 from moe.telemetry.plots import plot_expert_load, plot_loss
-from moe.telemetry.sinks import read_rows, replace_file
+from moe.telemetry.rows import read_rows, replace_file
 
 NONE = "–"  # noqa: RUF001 (a dash stands for "no value")
 MAX_RANK_COLUMNS = 16  # of the table of bytes between ranks; more do not fit a page

@@ -22,7 +22,7 @@ from moe.hf.places import CHECKPOINTS
 from moe.rules import validate
 from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
-from moe.telemetry.sinks import replace_file
+from moe.telemetry.rows import replace_file
 from moe.train import start, state
 from moe.train.environment import environment
 from moe.train.evaluate import evaluate, perplexity, rounds

@@ -11,7 +11,7 @@ import torch
 from moe.config import Component, RunConfig
 from moe.model.costs import train_flops_per_token
 from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
-from moe.telemetry.sinks import JsonLines, read_rows, trim_after
+from moe.telemetry.rows import JsonLines, read_rows, trim_after
 from moe.train.evaluate import perplexity
 from moe.train.step import LayerCounts, StepResult
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe.telemetry.digest import read_run
 from moe.telemetry.report import summary, write_report
-from moe.telemetry.sinks import JsonLines
+from moe.telemetry.rows import JsonLines
 
 
 def expert_row(step: int, layer: int | str, counts: list[int], **extra: Any) -> dict[str, Any]:

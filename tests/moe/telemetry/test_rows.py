@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe.telemetry import sinks
-from moe.telemetry.sinks import JsonLines, read_rows, replace_file, trim_after
+from moe.telemetry import rows
+from moe.telemetry.rows import JsonLines, read_rows, replace_file, trim_after
 
 
 def test_rows_are_appended_and_visible_at_once(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_replacing_keeps_the_old_file_when_the_write_fails(
 
     path = tmp_path / "report.html"
     replace_file(path, b"old")
-    monkeypatch.setattr(sinks.os, "fsync", full_disk)
+    monkeypatch.setattr(rows.os, "fsync", full_disk)
     with pytest.raises(OSError, match="disk full"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"

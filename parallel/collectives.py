@@ -166,6 +166,11 @@ def _scatter_sum(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     return part
 
 
+def group_ranks(group: Group) -> tuple[int, ...]:
+    """The ranks of a group in the whole world, in its order; none without a group."""
+    return () if group is None else tuple(dist.get_process_group_ranks(group))
+
+
 def all_reduce(tensor: Tensor, group: Group, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over a group and return the tensor."""
     if group is not None:

@@ -17,6 +17,7 @@ from moe.data.corpus import prepare
 from moe.data.loader import Batch, Loader
 from moe.rules import validate
 from moe.train import state
+from moe.train.counting import LayerCounts, Sampling
 from moe.train.step import StepResult, Trainer, make_trainer, read_batches
 from parallel.checkpoint import open_checkpoint
 from parallel.groups import build_groups, single
@@ -60,7 +61,7 @@ def train(rank: int, world_size: int, config: RunConfig, real: int = 32, tilt: f
     for step in range(STEPS):
         read = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
         batches = [padded(batch, real) for batch in read]
-        results.append(trainer.step(step, batches, count_domains=True))
+        results.append(trainer.step(step, batches, Sampling(domains=True)))
     owned = [
         (piece.name, piece.place, piece.tensor)
         for segment in trainer.engine.zero.segments()
@@ -109,11 +110,20 @@ def test_recomputation_and_accumulation_count_nothing_twice(config: RunConfig, l
             assert set(found.layers) == {"1", "2", "mtp0"}
             for name, layer in found.layers.items():
                 assert torch.equal(layer.counts, expected.layers[name].counts)
+                _assert_same_signals(layer, expected.layers[name])
                 valid = found.tokens - (config.train.batch_size if name == "mtp0" else 0)
-                assert int(layer.counts.sum()) == int(layer.rows.sum()) == valid * config.model.top_k
+                assert int(layer.counts.sum()) == int(layer.rank_rows.sum()) == valid * config.model.top_k
     for first, second in zip(plain, again, strict=True):  # and recomputation changes no bit
         assert [result.loss for result in first.results] == [result.loss for result in second.results]
         assert all(torch.equal(a[2], b[2]) for a, b in zip(first.gradients, second.gradients, strict=True))
+
+
+def _assert_same_signals(layer: LayerCounts, expected: LayerCounts) -> None:
+    """What is averaged over tokens, wherever they are."""
+    torch.testing.assert_close(layer.gates, expected.gates, rtol=1e-4, atol=0)
+    for name in ("logit_rms", "logit_max", "margin", "group_limited"):
+        assert getattr(layer, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert int(layer.links.sum()) == int(layer.rank_rows.sum())
 
 
 @pytest.mark.parametrize("dense", [1, 2, 3])

@@ -68,7 +68,7 @@ def _trained(config: RunConfig, balance: BalanceConfig, corpus: Corpus) -> dict[
     counts = []
     for step in range(config.train.steps):
         batch = loader.batch(step * config.train.batch_size, config.train.batch_size)
-        layers = trainer.step(step, [batch], count_domains=False).layers
+        layers = trainer.step(step, [batch]).layers
         counts.append(torch.stack([layer.counts for layer in layers.values()]))
     tail = torch.stack(counts[-max(1, len(counts) // 4) :]).sum(0)
     return {"bias": balance.bias, "first": _mean_max_vio(counts[0]), "tail": _mean_max_vio(tail)}

@@ -77,7 +77,7 @@ def measure(config: RunConfig, every: int, rounds: int) -> dict[str, Any]:
 def _steps(trainer: Trainer, loader: Loader, first: int, count: int) -> None:
     for step in range(first, first + count):
         batches = read_batches(loader, trainer.config, trainer.groups, step * trainer.config.train.batch_size)
-        trainer.step(0, batches, count_domains=False)
+        trainer.step(0, batches)
 
 
 def _row(kind: str, times: list[tuple[float, float]], without: float, every: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Legend: B sequences, S positions, D hidden size, T = B S tokens, E experts.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,22 @@ from moe.model.dispatch import Delivery, Plan, announce, deliver, make_plan, tak
 from moe.model.experts import Experts, Placement, in_order
 from moe.model.init import init_weights
 from moe.model.mlp import SwiGLU
-from moe.model.router import Router, Routing
+from moe.model.router import Router, Routing, Signals
 from parallel.collectives import ALONE, ModelGroups
-from parallel.pipeline.tape import Direct, Recorder, run
+from parallel.pipeline.tape import Direct, Recorder, moment, run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerLoad:
     """What one layer did with one microbatch: whom it chose and what it sent. Detached, exact."""
 
     experts_TK: Tensor  # chosen experts; E on padding
     counts_E: Tensor  # int64: assignments of valid tokens
-    rows_E: Tensor  # int64: rows sent; fewer than the counts where capacity dropped some
+    rows_E: Tensor  # int64: rows sent to each seat; fewer than the counts where capacity dropped some
     gates_E: Tensor  # fp64: the sum of the weights by which valid tokens chose it
     auxiliary_loss: Tensor
+    signals: Signals
+    span: tuple[Any, Any]  # moments at which this rank's experts began and ended their forward
 
 
 class MoELayer(nn.Module):
@@ -96,30 +99,43 @@ class MoELayer(nn.Module):
         dispatched = tape.exchange(rows, delivery.splits)
         shared = tape.compute(self.shared, hidden) if self.shared is not None else None
         yield
-        rows = yield from self._expert_phases(tape, dispatched.wait(), delivery)
+        rows, span = yield from self._expert_phases(tape, dispatched.wait(), delivery)
         returned = tape.exchange(rows, delivery.splits.reversed())
         yield
         output = tape.compute(_combine, returned.wait(), weights, shared, plan, hidden.shape)
-        return output, self._load(routing, weights, plan, auxiliary)
+        return output, self._load(routing, weights, plan, auxiliary, span)
 
-    def _load(self, routing: Routing, weights_TK: Tensor, plan: Plan, auxiliary: Tensor) -> LayerLoad:
-        rows_E = plan.rows_E if self.seats is None else plan.rows_E[self.seats[:-1]]
+    def _load(
+        self, routing: Routing, weights_TK: Tensor, plan: Plan, auxiliary: Tensor, span: tuple[Any, Any]
+    ) -> LayerLoad:
         gates_E = weights_TK.new_zeros(self.config.num_experts + 1, dtype=torch.float64)
         gates_E.index_add_(0, routing.experts_TK.flatten(), weights_TK.detach().flatten().double())
-        return LayerLoad(routing.experts_TK, routing.counts_E, rows_E, gates_E[:-1], auxiliary.detach())
+        return LayerLoad(
+            experts_TK=routing.experts_TK,
+            counts_E=routing.counts_E,
+            rows_E=plan.rows_E,
+            gates_E=gates_E[:-1],
+            auxiliary_loss=auxiliary.detach(),
+            signals=routing.signals,
+            span=span,
+        )
 
     def _expert_phases(
         self, tape: Recorder, rows: Tensor, delivery: Delivery
-    ) -> Generator[None, None, Tensor]:
+    ) -> Generator[None, None, tuple[Tensor, tuple[Any, Any]]]:
         shared = delivery.shared
-        if shared is None:
-            return tape.compute(self._run_experts, rows, delivery)
-        gathered = tape.exchange(tape.compute(_repeat, rows, len(shared.send)), shared)
-        yield
-        parts = tape.compute(self._run_experts, gathered.wait(), delivery)
-        summands = tape.exchange(parts, shared.reversed())
-        yield
-        return tape.compute(_add_up, summands.wait(), len(shared.send))
+        if shared is not None:
+            gathered = tape.exchange(tape.compute(_repeat, rows, len(shared.send)), shared)
+            yield
+            rows = gathered.wait()
+        begin = moment(rows.device)
+        rows = tape.compute(self._run_experts, rows, delivery)
+        span = begin, moment(rows.device)
+        if shared is not None:
+            summands = tape.exchange(rows, shared.reversed())
+            yield
+            rows = tape.compute(_add_up, summands.wait(), len(shared.send))
+        return rows, span
 
     def _run_experts(self, rows: Tensor, delivery: Delivery) -> Tensor:
         order_N, slot_N1 = delivery.order_N, delivery.slot_N1

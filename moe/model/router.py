@@ -4,6 +4,9 @@ V2: softmax over all experts, optionally the best groups by their *max*, top-k, 
 V3: sigmoid, groups by the *sum of their two best*, top-k of score + bias, weights of the unbiased
 scores normalised to 1, times a factor (arXiv 2405.04434 and 2412.19437, as released). The bias
 (2408.15664) decides only who is chosen, never the weight, and works with both.
+
+What scores look like is told beside whom they choose: logits that grow without end, or a margin between
+the chosen and the rest that shrinks to nothing, announce a router that will collapse.
 Legend: T tokens, E experts, K chosen experts, G groups.
 """
 
@@ -19,11 +22,25 @@ from parallel.linear import Linear, linear
 
 
 @dataclass(frozen=True)
+class Signals:
+    """Of one microbatch. `sums` [4] in fp64, `logit_max` a scalar.
+
+    The sums are of each token's mean squared logit; of its margin, the distance of its last chosen
+    expert's score to the best one that it could have chosen too; of the tokens that have a margin; and of
+    the assignments that go elsewhere than without the group limit.
+    """
+
+    sums: Tensor
+    logit_max: Tensor
+
+
+@dataclass(frozen=True)
 class Routing:
     """Which experts were chosen. `experts_TK` is int64 and holds E where a token is padding."""
 
     experts_TK: Tensor
     counts_E: Tensor  # int64: assignments of valid tokens
+    signals: Signals
 
 
 class Router(nn.Module):
@@ -66,11 +83,13 @@ class Router(nn.Module):
         with torch.no_grad():
             choice_TE = scores_TE if self.balance.bias == "none" else scores_TE + self.bias
             experts_TK = self.choose(choice_TE)
+            limited_TE = self._group_limited(choice_TE)
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
         loss = self._auxiliary_loss(scores_TE.unflatten(0, valid.shape), valid)
         routed_TK = experts_TK.masked_fill(~valid_T[:, None], config.num_experts)
         counts_E = torch.bincount(routed_TK.flatten(), minlength=config.num_experts + 1)[:-1]
-        return weights_TK, loss, Routing(routed_TK, counts_E)
+        signals = _observe(config, logits_TE, choice_TE, limited_TE, experts_TK, valid_T)
+        return weights_TK, loss, Routing(routed_TK, counts_E, signals)
 
     def choose(self, choice_TE: Tensor) -> Tensor:
         """The chosen experts [T, K], in no order, by scores [T, E] that hold the bias where there is one."""
@@ -122,3 +141,30 @@ class Router(nn.Module):
         if self.config.score_function == "softmax":
             flat_TE = self._group_limited(flat_TE)
         return flat_TE.topk(self.config.top_k, dim=-1, sorted=False).indices.unflatten(0, scores.shape[:2])
+
+
+@torch.no_grad()
+def _observe(
+    config: ModelConfig,
+    logits_TE: Tensor,
+    choice_TE: Tensor,
+    limited_TE: Tensor,
+    experts_TK: Tensor,
+    valid_T: Tensor,
+) -> Signals:
+    """`choice_TE` are the scores that choose, `limited_TE` the same with -inf outside the best groups."""
+    logits_TE = logits_TE * valid_T[:, None]
+    square_T = logits_TE.square().mean(-1)
+    last_T = limited_TE.gather(1, experts_TK).amin(-1)
+    margin_T = last_T - limited_TE.scatter(1, experts_TK, -torch.inf).amax(-1)
+    has_margin_T = margin_T.isfinite() & valid_T
+    moved = torch.zeros_like(square_T)
+    if config.num_groups > 1:
+        free_TK = choice_TE.topk(config.top_k, dim=-1, sorted=False).indices
+        chosen_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
+        moved = (~chosen_TE.gather(1, free_TK)).sum(-1) * valid_T
+    sums = (square_T, margin_T.where(has_margin_T, 0.0), has_margin_T, moved)
+    return Signals(
+        torch.stack([each.sum(dtype=torch.float64) for each in sums]),
+        logits_TE.abs().amax() if logits_TE.numel() else logits_TE.new_zeros(()),
+    )

@@ -55,6 +55,12 @@ def dead(counts: Sequence[int] | NDArray[Any]) -> int:
     return int((exact(counts) == 0).sum())
 
 
+def collapsing(counts: Sequence[int] | NDArray[Any]) -> int:
+    """Number of experts in counts [E] that received tokens, but less than a tenth of the mean."""
+    load = exact(counts)
+    return int(((load > 0) & (load * load.size * 10 < load.sum())).sum())
+
+
 class LoadWindow:
     """The counts of the last `size` steps of every layer, and their sum; `size` None keeps all steps."""
 

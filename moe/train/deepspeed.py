@@ -60,7 +60,7 @@ class DeepSpeed:
             self._adam.state[flat] = {moment: torch.zeros_like(flat) for moment in MOMENTS}
         self._set_steps(0)
 
-    def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
+    def train(self, microbatches: Sequence[Microbatch], *, timed: bool = False) -> list[Outcome]:
         """Forward and backward of this rank's microbatches of a step, one after the other."""
         outcomes = []
         for number, microbatch in enumerate(microbatches, start=1):
@@ -69,6 +69,9 @@ class DeepSpeed:
             self._engine.backward(total, scale_wrt_gas=False)
             outcomes.append(outcome)
         return outcomes
+
+    def timeline(self) -> None:
+        """There is no schedule here whose slots could be timed."""
 
     @torch.no_grad()
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:

@@ -16,6 +16,7 @@ from moe.train.optim import DTYPES, Optimizer
 from moe.train.runner import Runner
 from moe.train.units import parameter_units
 from parallel.groups import Groups
+from parallel.pipeline.timeline import Timeline
 from parallel.shards import Piece, pieces
 from parallel.zero import Zero
 
@@ -29,8 +30,12 @@ class Engine(Protocol):
     groups: Groups
     device: torch.device
 
-    def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
+    def train(self, microbatches: Sequence[Microbatch], *, timed: bool = False) -> list[Outcome]:
         """Forward and backward of this rank's microbatches of a step; what came before is forgotten."""
+        ...
+
+    def timeline(self) -> Timeline | None:
+        """When the ranks of this pipeline did what in the last training that was `timed`."""
         ...
 
     def update(self, rate: float) -> float:
@@ -68,12 +73,16 @@ class Switchyard:
         self._clip_norm = config.optim.clip_norm
         self._kind_of = component_of if config.optim.clip == "component" else _whole_model
 
-    def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
+    def train(self, microbatches: Sequence[Microbatch], *, timed: bool = False) -> list[Outcome]:
         """Forward and backward as the schedule says; gradients are summed as their units are complete."""
         self.zero.clear()
-        outcomes = self._runner.train(microbatches)
+        outcomes = self._runner.train(microbatches, timed=timed)
         self.zero.finish_reduce()
         return outcomes
+
+    def timeline(self) -> Timeline | None:
+        """When the ranks of this pipeline ran their slots in the last timed training."""
+        return self._runner.timeline()
 
     def update(self, rate: float) -> float:
         """Move the masters; weights that are not here yet arrive as the next forward asks for them."""

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,7 @@ from moe.telemetry.progress import Progress
 from moe.telemetry.report import summary, write_report
 from moe.telemetry.rows import replace_file
 from moe.train import start, state
+from moe.train.counting import Sampling
 from moe.train.environment import environment
 from moe.train.evaluate import evaluate, perplexity, rounds
 from moe.train.record import Recorder
@@ -37,6 +39,7 @@ from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
 from parallel.saving import Saver
 
+ROUTING = "routing"  # in the folder of a run
 DONE, ENDED_BADLY, INTERRUPTED = 0, 1, 130
 
 logger = logging.getLogger(__name__)
@@ -156,10 +159,14 @@ class _Run:
         batches = [
             batch.to(self.device) for batch in read_batches(self.loader, config, self.groups, done.sequences)
         ]
-        every = config.telemetry.domains_every
-        result = self.trainer.step(
-            done.step, batches, count_domains=bool(every) and (done.step + 1) % every == 0
-        )
+        sampling = Sampling.of(config.telemetry, done.step + 1)
+        result = self.trainer.step(done.step, batches, sampling)
+        if result.routing:
+            place = self.folder / ROUTING / f"step-{done.step + 1}"
+            place.mkdir(parents=True, exist_ok=True)
+            replace_file(
+                place / f"rank-{self.groups.rank}.safetensors", safetensors.torch.save(result.routing)
+            )
         read = done.sequences + config.train.batch_size
         self.position = state.Position(done.step + 1, read, done.tokens + result.tokens)
         return result

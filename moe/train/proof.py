@@ -189,7 +189,7 @@ def _step(trainer: Trainer, loader: Loader, step: int) -> StepResult:
     batches = [
         batch.to(trainer.engine.device) for batch in read_batches(loader, config, trainer.groups, first)
     ]
-    return trainer.step(step - 1, batches, count_domains=False)
+    return trainer.step(step - 1, batches)
 
 
 def _clipping(trainer: Trainer, result: StepResult) -> float:

@@ -1,21 +1,25 @@
-"""Writing down what a step gave: rows of `metrics.jsonl` and `expert_load.jsonl` (rank 0)."""
+"""Writing down what a step gave (rank 0): `metrics.jsonl`, `expert_load.jsonl` and `timeline.json`."""
 
+import json
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
-from moe.config import Component, RunConfig
+from moe.config import Component, LayoutConfig, RunConfig
 from moe.model.costs import train_flops_per_token
-from moe.telemetry.load import LoadWindow, dead, entropy, max_vio
-from moe.telemetry.rows import JsonLines, read_rows, trim_after
+from moe.telemetry.load import LoadWindow, collapsing, dead, entropy, max_vio
+from moe.telemetry.rows import JsonLines, read_rows, replace_file, trim_after
+from moe.train.counting import LayerCounts
 from moe.train.evaluate import perplexity
-from moe.train.step import LayerCounts, StepResult
+from moe.train.step import StepResult
+from parallel.pipeline.timeline import Timeline
 
-METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+METRICS, EXPERT_LOAD, TIMELINE = "metrics.jsonl", "expert_load.jsonl", "timeline.json"
 
 
 class Recorder:
@@ -26,7 +30,7 @@ class Recorder:
     ) -> None:
         for name in (METRICS, EXPERT_LOAD):
             trim_after(run / name, step)
-        self._config, self._domains, self._world_size = config, domains, world_size
+        self._run, self._config, self._domains, self._world_size = run, config, domains, world_size
         self._window = LoadWindow(config.telemetry.window)
         self._window.replay(
             r for r in read_rows(run / EXPERT_LOAD) if r["step"] > step - config.telemetry.window
@@ -55,30 +59,45 @@ class Recorder:
         )
         for row in loads:
             self._loads.write(row)
+        if result.timeline is not None:
+            content = json.dumps(_spans(step, self._config.layout, result.timeline))
+            replace_file(self._run / TIMELINE, content.encode())
         return mean_max_vio
 
     def _load(self, step: int, name: str, layer: LayerCounts) -> dict[str, Any]:
         counts, model = layer.counts.tolist(), self._config.model
         number = int(name) if name.isdigit() else name
         self._window.add(number, counts)
-        ranks = len(layer.rows)
+        window = self._window.counts(number)
         row: dict[str, Any] = {
             "step": step,
             "layer": number,
             "counts": counts,
             "max_vio": max_vio(counts),
-            "max_vio_window": self._window.max_vio(number),
+            "max_vio_window": max_vio(window),
+            "max_vio_microbatch": layer.max_vio_microbatch[0],
+            "max_vio_microbatch_max": layer.max_vio_microbatch[1],
             "entropy": entropy(counts),
             "dead": dead(counts),
-            "dropped": sum(counts) - int(layer.rows.sum()),
-            "gate": [total * model.top_k / max(1, sum(counts)) for total in layer.gates.tolist()],
-            "bias": layer.bias.tolist(),
-            "rank_rows": layer.rows.view(ranks, ranks, -1).sum(-1).tolist(),
+            "collapsing": collapsing(window),
+            "dropped": sum(counts) - int(layer.rank_rows.sum()),
+            "gate": _short(layer.gates * (model.top_k / max(1, sum(counts)))),
+            "bias": _short(layer.bias),
+            "logit_rms": layer.logit_rms,
+            "logit_max": layer.logit_max,
+            "margin": layer.margin,
+            "group_limited": layer.group_limited,
+            "rank_rows": layer.rank_rows.tolist(),
             "row_bytes": model.hidden_size * (2 if self._config.train.precision == "bf16" else 4),
+            "links": layer.links.tolist(),
         }
         if layer.domains is not None:
             counted = zip(self._domains, layer.domains.tolist(), strict=True)
             row["domains"] = {domain: counts for domain, counts in counted if any(counts)}
+        if layer.pairs is not None:
+            row["pairs"] = layer.pairs.tolist()
+        if layer.expert_seconds is not None:
+            row["expert_seconds"] = _short(layer.expert_seconds)
         return row
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -104,6 +123,26 @@ class Recorder:
         """Close both files."""
         self._metrics.close()
         self._loads.close()
+
+
+def _spans(step: int, layout: LayoutConfig, timeline: Timeline) -> dict[str, Any]:
+    spans = [
+        [rank, word, span.begin - timeline.begin, span.end - timeline.begin]
+        for rank, mine in enumerate(timeline.spans)
+        for word, span in zip(timeline.schedule.words(rank), mine, strict=True)
+    ]
+    return {
+        "step": step,
+        "schedule": layout.schedule,
+        "microbatches": timeline.schedule.num_microbatches,
+        "ranks": len(timeline.spans),
+        "spans": spans,
+    }
+
+
+def _short(values: torch.Tensor) -> list[float]:
+    """With eight decimals: more would only be the noise of fp32, and half of a row."""
+    return np.round(values.double().cpu().numpy(), 8).tolist()
 
 
 def _memory_peak() -> int:

@@ -8,12 +8,15 @@ from typing import Any
 
 from moe.config import LayoutConfig, RunConfig
 from moe.model.transformer import Microbatch, Outcome, Transformer, positions_of
+from parallel.collectives import barrier
 from parallel.groups import Groups
 from parallel.pipeline.action import Schedule
+from parallel.pipeline.clock import Clock, gather_timeline
 from parallel.pipeline.executor import execute
 from parallel.pipeline.gpipe import forward_only
 from parallel.pipeline.link import Boundary, connect, disconnect
 from parallel.pipeline.schedules import FORMS, make
+from parallel.pipeline.timeline import Timeline
 from parallel.zero import Zero
 
 
@@ -26,10 +29,14 @@ class Runner:
         self._layout, self._recompute = config.layout, config.train.recompute == "full"
         schedule = make_schedule(config.layout, config.layout.microbatches)
         self._link = connect(schedule, groups.pp, self.device)
+        self._timed: tuple[Schedule, Clock] | None = None
         self._stages = dict(zip(sorted(schedule.stages[self._link.rank]), model.stages(), strict=True))
 
-    def train(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
-        """Forward and backward; weights arrive when needed, reductions begin as gradients are whole."""
+    def train(self, microbatches: Sequence[Microbatch], *, timed: bool = False) -> list[Outcome]:
+        """Forward and backward; weights arrive when needed, reductions begin as gradients are whole.
+
+        What is `timed` begins on all ranks of the pipeline at once.
+        """
         awaited = Counter(unit for part in self.model.parts for unit in self.model.units(part))
 
         def leave(unit: str) -> None:
@@ -37,8 +44,11 @@ class Runner:
             if not awaited[unit]:
                 self._zero.start_reduce(unit)
 
+        schedule = make_schedule(self._layout, len(microbatches))
+        if timed:
+            barrier(self.groups.pp)
         walked = execute(
-            make_schedule(self._layout, len(microbatches)),
+            schedule,
             self._stages,
             microbatches,
             link=self._link,
@@ -47,7 +57,16 @@ class Runner:
             on_enter=self._zero.arrive,
             on_leave=leave,
         )
+        if timed:
+            self._timed = schedule, walked.clock
         return _by_microbatch(walked.returned)
+
+    def timeline(self) -> Timeline | None:
+        """When the ranks of this pipeline ran their slots in the last timed training. Every one must call."""
+        if self._timed is None:
+            return None
+        schedule, clock = self._timed
+        return gather_timeline(schedule, clock.spans(), self.groups.pp, self.device)
 
     def forward(self, microbatches: Sequence[Microbatch]) -> list[Outcome]:
         """Forward alone: nothing is recorded or moved."""

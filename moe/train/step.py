@@ -1,8 +1,7 @@
 """One optimizer step: microbatches forward and backward, gradients reduced, weights and bias moved.
 
 Losses are sums over tokens divided by the tokens of the *global* batch, so the result does not depend
-on how sequences are shared out. Counts are assigned per (layer, microbatch) and summed here, once.
-Legend: L layers of experts, E experts, P expert-parallel ranks.
+on how sequences are shared out. Counts are assigned per (layer, microbatch) and summed after the last one.
 """
 
 import time
@@ -18,8 +17,9 @@ from moe.data.shards import TokenShards
 from moe.model.balance import bias_rate
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.stages import split
-from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers, positions_of
+from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers
 from moe.train import tuning
+from moe.train.counting import LayerCounts, Sampling, add_up, routing_of
 from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
 from moe.train.optim import DTYPES, learning_rate
@@ -28,20 +28,11 @@ from moe.train.start import Start, new
 from parallel.collectives import all_reduce
 from parallel.groups import Groups
 from parallel.layout import length_multiple
+from parallel.pipeline.timeline import Timeline
 
 CPU = torch.device("cpu")
+NOTHING_MORE = Sampling()
 ENGINES: dict[str, type[Switchyard] | type[DeepSpeed]] = {"switchyard": Switchyard, "deepspeed": DeepSpeed}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCounts:
-    """One layer's global batch in exact integers, and its bias."""
-
-    counts: Tensor  # [E]: assignments of valid tokens
-    rows: Tensor  # [source rank in the expert group, E]: rows sent
-    gates: Tensor  # [E] in fp64: the sum of the weights by which valid tokens chose each expert
-    domains: Tensor | None  # [domain, E], where asked for
-    bias: Tensor  # [E] in fp32, after the update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +47,8 @@ class StepResult:
     tokens: int  # real tokens read
     seconds: float
     layers: dict[str, LayerCounts]
+    timeline: Timeline | None  # of this rank's pipeline, where asked for
+    routing: dict[str, Tensor]  # this rank's, where asked for: see `routing_of`
 
 
 class Trainer:
@@ -74,15 +67,15 @@ class Trainer:
         self.engine: Engine = ENGINES[config.optim.engine](model, config, groups, device)
         self._num_domains = num_domains
 
-    def step(self, step: int, batches: Sequence[Batch], *, count_domains: bool) -> StepResult:
+    def step(self, step: int, batches: Sequence[Batch], sampling: Sampling = NOTHING_MORE) -> StepResult:
         """Train on this rank's microbatches of a step (0-based). Every rank must call."""
         begin, config = time.perf_counter(), self.config
         labels, tokens = self._count_labels(batches)
         microbatches = [self._microbatch(batch, labels, len(batches)) for batch in batches]
-        outcomes = self.engine.train(microbatches)
+        outcomes = self.engine.train(microbatches, timed=sampling.times)
         rate = learning_rate(config.optim, step, config.train.steps)
         norm = self.engine.update(rate)
-        layers = self._settle_load(step, outcomes, batches if count_domains else None)
+        layers = self._settle_load(step, outcomes, batches, sampling)
         losses = self._mean_losses(outcomes, labels)
         return StepResult(
             loss=losses[0],
@@ -93,6 +86,8 @@ class Trainer:
             tokens=tokens,
             seconds=time.perf_counter() - begin,
             layers=layers,
+            timeline=self.engine.timeline() if sampling.times else None,
+            routing=routing_of(outcomes, batches, self.groups) if sampling.routing else {},
         )
 
     def _count_labels(self, batches: Sequence[Batch]) -> tuple[list[int], int]:
@@ -139,60 +134,26 @@ class Trainer:
         return [loss / max(1, labels[0]), sum(means) / max(1, len(means)), auxiliary]
 
     def _settle_load(
-        self, step: int, outcomes: Sequence[Outcome], batches: Sequence[Batch] | None
+        self, step: int, outcomes: Sequence[Outcome], batches: Sequence[Batch], sampling: Sampling
     ) -> dict[str, LayerCounts]:
         """Sum every layer's counts, move the biases by them, and gather what all ranks are to know."""
-        names = expert_layers(self.config.model)
-        table = all_reduce(self._count_load(names, outcomes, batches), self.groups.world)
-        gates = all_reduce(_sum_gates(names, outcomes, table[:, 0]), self.groups.world)
+        model = self.config.model
+        names = expert_layers(model)
+        if not names:
+            return {}
+        totals = add_up(outcomes, batches, self.config, self.groups, self._num_domains, sampling)
         rate = bias_rate(self.config.balance, step, self.config.train.steps)
-        biases = torch.zeros(len(names), self.config.model.num_experts, device=table.device)
+        biases = torch.zeros(len(names), model.num_experts, device=totals.counts.device)
         for name, router in self.model.routers():
             index = names.index(name)
-            router.update(table[index, 0], rate)
+            router.update(totals.counts[index], rate)
             if self.groups.is_first_copy:
                 biases[index] = router.bias
         all_reduce(biases, self.groups.pp)  # one rank speaks for each layer: what is added is 0
-        sources = self.groups.layout.ep
         return {
-            name: LayerCounts(
-                counts=table[index, 0],
-                rows=table[index, 1 : 1 + sources],
-                gates=gates[index],
-                domains=table[index, 1 + sources :] if batches else None,
-                bias=biases[index],
-            )
+            name: totals.layer(index, biases[index], model.top_k, times=sampling.times)
             for index, name in enumerate(names)
         }
-
-    def _count_load(
-        self, names: list[str], outcomes: Sequence[Outcome], batches: Sequence[Batch] | None
-    ) -> Tensor:
-        """This rank's counts: [L, 1 + P + domains, E]; integers, so that any order of adding is exact."""
-        num_experts, sources = self.config.model.num_experts, self.groups.layout.ep
-        num_domains = self._num_domains if batches else 0
-        table = torch.zeros(
-            len(names), 1 + sources + num_domains, num_experts, dtype=torch.int64, device=self.engine.device
-        )
-        for microbatch, outcome in enumerate(outcomes):
-            for name, load in outcome.loads.items():
-                row = table[names.index(name)]
-                row[0] += load.counts_E
-                row[1 + self.groups.index("ep")] += load.rows_E
-                if batches:
-                    domains = batches[microbatch].domains
-                    local = positions_of(domains.shape[1], self.groups).sequence(domains)
-                    row[1 + sources :] += count_by_domain(load.experts_TK, local, num_domains, num_experts)
-        return table
-
-
-def _sum_gates(names: list[str], outcomes: Sequence[Outcome], like: Tensor) -> Tensor:
-    """This rank's sums of gate weights, [L, E] in fp64."""
-    sums = torch.zeros_like(like, dtype=torch.float64)
-    for outcome in outcomes:
-        for name, load in outcome.loads.items():
-            sums[names.index(name)] += load.gates_E
-    return sums
 
 
 def make_model(config: RunConfig, groups: Groups, start: Start | None = None) -> Transformer:
@@ -253,10 +214,3 @@ def read_batches(loader: Loader, config: RunConfig, groups: Groups, first: int) 
 def local_batch_size(config: RunConfig, groups: Groups) -> int:
     """Sequences of one microbatch of a rank."""
     return config.train.batch_size // groups.layout.dp // config.layout.microbatches
-
-
-def count_by_domain(experts_TK: Tensor, domains: Tensor, num_domains: int, num_experts: int) -> Tensor:
-    """Assignments by domain and expert, int64: chosen experts [T, K] (E on padding), domains [B, S]."""
-    cell = domains.flatten()[:, None] * num_experts + experts_TK
-    routed = cell[experts_TK < num_experts]
-    return torch.bincount(routed, minlength=num_domains * num_experts).view(num_domains, num_experts)

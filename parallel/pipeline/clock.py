@@ -1,6 +1,5 @@
 """Moments of a walk on the time line of the device that does the work, and its ranges for a profiler."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 from parallel.collectives import Group
 from parallel.pipeline.action import Schedule, Slot
+from parallel.pipeline.tape import moment, seconds
 from parallel.pipeline.timeline import Span, Timeline
 
 
@@ -16,19 +16,19 @@ class Clock:
     """Notes when slots began and ended. On CUDA that is an event in the stream, and nobody waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._origin = self._now()
+        self._device, self._on_cuda = device, device.type == "cuda"
+        self._origin = moment(device)
         self._slots: list[tuple[Slot, Any, Any]] = []
 
     def begin(self, slot: Slot) -> Any:
         """What `end` takes. Opens an NVTX range on CUDA."""
         if self._on_cuda:
             torch.cuda.nvtx.range_push("&".join(map(str, slot)))
-        return self._now()
+        return moment(self._device)
 
     def end(self, slot: Slot, begin: Any) -> None:
         """A slot is done."""
-        self._slots.append((slot, begin, self._now()))
+        self._slots.append((slot, begin, moment(self._device)))
         if self._on_cuda:
             torch.cuda.nvtx.range_pop()
 
@@ -36,19 +36,8 @@ class Clock:
         """Seconds since the clock was made. On CUDA this waits for the device."""
         if self._on_cuda:
             torch.cuda.synchronize()
-        return [Span(slot, self._seconds(begin), self._seconds(end)) for slot, begin, end in self._slots]
-
-    def _now(self) -> Any:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, moment: Any) -> float:
-        if not self._on_cuda:
-            return float(moment - self._origin)
-        return float(self._origin.elapsed_time(moment)) / 1000
+        origin = self._origin
+        return [Span(slot, seconds(origin, begin), seconds(origin, end)) for slot, begin, end in self._slots]
 
 
 def gather_timeline(

@@ -16,6 +16,7 @@ gradients are whole, to begin their reduction.
 `Direct` offers the same calls through ordinary autograd, for inference and for use in a notebook.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -30,6 +31,22 @@ from parallel.linear import Queue, deferring
 
 Steps = Generator[None, None, Any]
 OnUnit = Callable[[str], None]
+
+
+def moment(device: torch.device) -> Any:
+    """Now, as `seconds` takes it: on CUDA an event in the stream, and nobody waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(begin: Any, end: Any) -> float:
+    """The time between two moments of one device; on CUDA both must have passed."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    return float(begin.elapsed_time(end)) / 1000
 
 
 def run(steps: Steps) -> Any:

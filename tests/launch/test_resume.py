@@ -15,7 +15,7 @@ import pytest
 from tests.small import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMED = ("tokens_per_second", "step_seconds", "memory_peak_bytes")
+TIMED = ("tokens_per_second", "step_seconds", "memory_peak_bytes", "expert_seconds")
 STEPS = 12
 
 RECIPE = """

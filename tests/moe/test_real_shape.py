@@ -27,6 +27,7 @@ from moe.hf.inventory import complete
 from moe.model.transformer import Transformer
 from moe.rules import validate
 from moe.train import tuning
+from moe.train.counting import Sampling
 from moe.train.step import Trainer, build_model
 from moe.train.units import replicas
 from parallel.collectives import group_size
@@ -202,9 +203,9 @@ def test_a_layer_of_full_width_trains(tmp_path: Path) -> None:
     before, losses, busy = masters(trainer), [], set[int]()
     assert {expert for expert, _ in before} == CHOSEN
     for step in range(config.train.steps):
-        result = trainer.step(step, [a_batch()], count_domains=True)
+        result = trainer.step(step, [a_batch()], Sampling(domains=True))
         layer = result.layers["0"]
-        assert int(layer.counts.sum()) == int(layer.rows.sum()) == 2 * 64 * 6
+        assert int(layer.counts.sum()) == int(layer.rank_rows.sum()) == 2 * 64 * 6
         assert layer.domains is not None and torch.equal(layer.domains[0], layer.counts)
         chosen = set(layer.counts.nonzero().flatten().tolist())
         assert experts_with_gradient(trainer) == chosen & CHOSEN

@@ -157,3 +157,34 @@ def test_unbiased_choice_counts_as_each_report_does() -> None:
             allowed = [e for e in range(16) if e // 4 in best]
             expected = sorted(allowed, key=lambda e: scores[b, s, e].item())[-3:]
             assert sorted(limited[b, s].tolist()) == sorted(expected)
+
+
+@pytest.mark.parametrize("config", [LITE, V2, V3, replace(V3, top_groups=1, top_k=4)])
+def test_signals_are_those_of_valid_tokens(config: ModelConfig) -> None:
+    """Logit scale, margin and what the group limit moved, one token at a time."""
+    router = build(config, BalanceConfig(), UNEVEN)
+    hidden = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(1)) * 2
+    valid = torch.arange(12) < torch.tensor([[12], [7]])
+    signals = router(hidden, valid)[2].signals
+    logits = (hidden.flatten(0, 1) @ router.projection.weight.T)[valid.flatten()]
+    squares, margins, moved = 0.0, [], 0
+    unlimited = replace(config, num_groups=1, top_groups=1)
+    for row in logits.tolist():
+        squares += sum(x * x for x in row) / len(row)
+        chosen = set(gate(config, row, UNEVEN.tolist()))
+        moved += len(set(gate(unlimited, row, UNEVEN.tolist())) - chosen)
+        # What comes next is what the next greater choice adds; with one group kept there is nothing to add.
+        wider = replace(config, top_k=config.top_k + 1)
+        scores = (
+            torch.tensor(row).softmax(-1)
+            if config.score_function == "softmax"
+            else torch.tensor(row).sigmoid()
+        )
+        choice = (scores + UNEVEN).tolist()
+        rest = set(gate(wider, row, UNEVEN.tolist())) - chosen
+        margins += [min(choice[e] for e in chosen) - choice[e] for e in rest]
+    assert bool(margins) == (config.top_groups > 1 or config.num_groups == 1)
+    expected = torch.tensor([squares, sum(margins), len(margins), moved], dtype=torch.float64)
+    torch.testing.assert_close(signals.sums, expected, rtol=1e-5, atol=1e-6)
+    assert signals.logit_max == pytest.approx(logits.abs().max().item())
+    assert moved > 0 or config.num_groups == 1

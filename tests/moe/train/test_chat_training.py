@@ -14,6 +14,7 @@ from moe.data.corpus import prepare
 from moe.data.loader import IGNORED, Batch
 from moe.model.transformer import Microbatch
 from moe.rules import validate
+from moe.train.counting import Sampling
 from moe.train.step import StepResult, Trainer, make_trainer, open_loader, read_batches
 from parallel.groups import build_groups, single
 from tests.ranks import run_ranks
@@ -54,7 +55,7 @@ def steps(rank: int, world_size: int, config: RunConfig, count: int) -> tuple[li
     for step in range(count):
         batches = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
         lengths += [batch.tokens.shape[1] for batch in batches]
-        results.append(facts(trainer.step(step, batches, count_domains=True)))
+        results.append(facts(trainer.step(step, batches, Sampling(domains=True))))
     list(trainer.engine.owned())  # waits for what is on its way
     return results, lengths
 
@@ -140,7 +141,7 @@ def unequal_step(rank: int, world_size: int, config: RunConfig, parts: int) -> t
         Batch(**{name: tensor[start : start + size] for name, tensor in vars(whole).items()})
         for start in starts
     ]
-    result = trainer.step(0, batches, count_domains=False)
+    result = trainer.step(0, batches)
     list(trainer.engine.owned())
     return result.loss, result.grad_norm
 
@@ -158,5 +159,5 @@ def test_every_learnt_token_counts_the_same(config: RunConfig) -> None:
     for found in run_ranks(2, unequal_step, spread, 2):
         assert found == pytest.approx(alone, rel=1e-5)
     nothing = replace(unequal(config), labels=torch.full_like(unequal(config).labels, IGNORED))
-    empty = trainer_of(configs[1]).step(0, [nothing], count_domains=False)
+    empty = trainer_of(configs[1]).step(0, [nothing])
     assert empty.loss == 0.0 and empty.grad_norm == 0.0

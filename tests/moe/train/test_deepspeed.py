@@ -54,7 +54,7 @@ def go_on(trainer: Trainer, loader: Loader, first: int, end: int) -> Facts:
     config, results = trainer.config, []
     for step in range(first, end):
         batches = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
-        results.append(trainer.step(step, batches, count_domains=False))
+        results.append(trainer.step(step, batches))
         trainer.engine.forward([trainer._microbatch(batches[0], [1, 1], 1)])  # must leave no trace
     names = ("loss", "mtp_loss", "auxiliary_loss", "grad_norm")
     every = {name: torch.tensor([getattr(result, name) for result in results]) for name in names}

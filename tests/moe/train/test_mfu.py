@@ -31,7 +31,8 @@ def test_mfu_of_v2_lite_on_eight_ranks(
     )
     recorder = Recorder(tmp_path, config, (), 0, 8)
     losses = dict(loss=1.0, mtp_loss=0.0, auxiliary_loss=0.0, grad_norm=1.0, learning_rate=1.0)
-    recorder.step(1, 91_200, StepResult(tokens=91_200, seconds=2.0, layers={}, **losses))
+    result = StepResult(tokens=91_200, seconds=2.0, layers={}, timeline=None, routing={}, **losses)
+    recorder.step(1, 91_200, result)
     recorder.close()
     found = json.loads((tmp_path / METRICS).read_text())["mfu"]
     # 45.6 thousand tokens a second at 16.41 GFLOP each, on 8 x 312 TFLOP/s

@@ -72,7 +72,10 @@ def test_any_placement_trains_alike(tmp_path: Path) -> None:
         _, (moved,) = steps(config, 1, 0, 1)
     _, (in_order,) = steps(config, 1, 0, 1)
     for name, layer in in_order.layers.items():
-        assert torch.equal(moved.layers[name].rows, layer.rows) and layer.rows.sum() < layer.counts.sum()
+        assert (
+            torch.equal(moved.layers[name].rank_rows, layer.rank_rows)
+            and layer.rank_rows.sum() < layer.counts.sum()
+        )
         torch.testing.assert_close(moved.layers[name].gates, layer.gates, rtol=1e-5, atol=0)
     spread = replace(config, layout=LayoutConfig(dp=2, ep=2, microbatches=1))
     for failures in run_ranks(2, on_ranks, spread, tmp_path / "alone", tmp_path / "saved"):

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
+from moe.model.transformer import Outcome
 from moe.rules import validate
 from moe.train import proof
+from moe.train import step as step_module
 from moe.train.step import StepResult, Trainer
 from moe.train.world import groups_of
 from parallel.shards import Piece
@@ -157,16 +159,18 @@ def count_twice(rank: int) -> Any:
 def forget_counts(rank: int) -> Any:
     """Rank 1 does not count its tokens in the MTP module."""
 
-    def change(count: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def broken(self: Trainer, names: list[str], *rest: Any) -> torch.Tensor:
-            table = count(self, names, *rest)
+    def change(add_up: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(outcomes: list[Outcome], *rest: Any) -> Any:
             if rank == 1:
-                table[names.index("mtp0")] = 0
-            return table
+                outcomes = [
+                    replace(each, loads={name: load for name, load in each.loads.items() if name != "mtp0"})
+                    for each in outcomes
+                ]
+            return add_up(outcomes, *rest)
 
         return broken
 
-    return changed(Trainer, "_count_load", change)
+    return changed(step_module, "add_up", change)
 
 
 def hold_less(rank: int) -> Any:

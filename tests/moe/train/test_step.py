@@ -10,7 +10,8 @@ from moe.config import BalanceConfig, LayoutConfig, RunConfig, ScheduleName
 from moe.data.corpus import prepare
 from moe.data.loader import Batch, Loader
 from moe.rules import validate
-from moe.train.step import StepResult, Trainer, count_by_domain, make_trainer, read_batches
+from moe.train.counting import Sampling, count_by_domain
+from moe.train.step import StepResult, Trainer, make_trainer, read_batches
 from parallel.groups import build_groups, single
 from tests.ranks import run_ranks
 from tests.small import small_run
@@ -32,7 +33,7 @@ def steps_from(trainer: Trainer, first: int, count: int) -> list[StepResult]:
     results = []
     for step in range(first, first + count):
         batches = read_batches(loader, config, trainer.groups, step * config.train.batch_size)
-        results.append(trainer.step(step, batches, count_domains=True))
+        results.append(trainer.step(step, batches, Sampling(domains=True)))
     list(trainer.engine.owned())  # waits for what is on its way
     return results
 
@@ -123,12 +124,12 @@ def test_conservation(config: RunConfig, recompute: str) -> None:
     loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
     batches = [padded(loader.batch(4 * i, 4), 20) for i in range(3)]
     valid = sum(int(b.valid.sum()) for b in batches)
-    result = trainer.step(0, batches, count_domains=True)
+    result = trainer.step(0, batches, Sampling(domains=True))
     assert set(result.layers) == {"1", "2", "mtp0"}
     for name, layer in result.layers.items():
         ahead = 1 if name == "mtp0" else 0  # the last real token of a sequence has none ahead of it
         expected = (valid - ahead * 12) * config.model.top_k
-        assert int(layer.counts.sum()) == int(layer.rows.sum()) == expected
+        assert int(layer.counts.sum()) == int(layer.rank_rows.sum()) == expected
         assert layer.domains is not None
         assert torch.equal(layer.domains.sum(0), layer.counts)
     assert result.tokens == valid
@@ -154,7 +155,7 @@ def test_capacity_drops_are_counted(config: RunConfig) -> None:
     tight = replace(config, model=replace(config.model, capacity_factor=0.5))
     _, (result,) = steps(tight, 1, 0, 1)
     for layer in result.layers.values():
-        dropped = int(layer.counts.sum() - layer.rows.sum())
+        dropped = int(layer.counts.sum() - layer.rank_rows.sum())
         assert dropped >= int(layer.counts.sum()) * 0.4
 
 
@@ -176,7 +177,7 @@ def test_bf16_keeps_fp32_masters(config: RunConfig) -> None:
     before = {p.name: p.tensor.clone() for p in trainer.engine.owned() if p.name.startswith("master/")}
     corpus = prepare(config.data, config.model.vocab_size)
     loader = Loader(corpus.train, sequence_length=32, seed=1, mask_documents=False)
-    trainer.step(0, [loader.batch(0, 8)], count_domains=False)
+    trainer.step(0, [loader.batch(0, 8)])
     after = {piece.name: piece.tensor for piece in trainer.engine.owned()}
     assert before and all(tensor.dtype == torch.float32 for tensor in before.values())
     moved = [not torch.equal(before[name], after[name]) for name in before]

@@ -90,20 +90,39 @@ COMMANDS = {
     ),
     "select-experts": Command(
         target="launch.select:main",
-        usage="select-experts MODEL [KEY=VALUE ...] --out FILE [--score token|gate] [--threshold P]",
+        usage="select-experts MODEL [KEY=VALUE ...] --out FILE [--score token|gate] [--recorded]",
         does="choose the experts that a fine-tuning trains (ESFT)",
         details=(
             "Runs a model over a sample of data and scores its experts; in each layer those of greatest\n"
             "score are chosen, as few as reach the threshold. `tune.method=esft tune.selection=FILE` trains\n"
-            "them.\n\n"
+            "them. With `--recorded` nothing runs: scored are the tokens that a run was trained on.\n\n"
             "MODEL          a run, a checkpoint, a converted or a Hugging Face folder\n"
             "KEY=VALUE      overrides any setting, as in Hydra: data.paths=[law.jsonl] layout.ep=2\n"
             "--out FILE     the selection; its scores go to FILE with .scores before its ending\n"
             "--score        token: how often an expert is chosen; gate: its mean weight (default: token)\n"
             "--threshold P  of the sum of scores (default: 0.2 by token, 0.1 by gate)\n"
-            "--sequences N  of the sample (default: 32)"
+            "--sequences N  of the sample (default: 32)\n"
+            "--recorded     MODEL is a run, and what it recorded of its experts' load is taken instead\n"
+            "--domain NAME  of the recorded tokens only this domain's, as far as counted"
         ),
         example="switchyard select-experts runs/base data.paths=[law.jsonl] --out law.json",
+    ),
+    "place-experts": Command(
+        target="launch.place:main",
+        usage="place-experts RUN [--ep N] [--gpus-per-node G] [--steps N] --out FILE",
+        does="assign experts to ranks by their measured load",
+        details=(
+            "Evens out, layer by layer, the rows of the busiest rank, for which a step waits. Where routing\n"
+            "is limited to groups of experts, these stay together on a node. Half of the steps decide, and\n"
+            "the other half says what it is worth. `switchyard train run=NAME layout.placement=FILE` moves\n"
+            "the experts of a run at its last checkpoint, `layout.placement=null` moves them back.\n\n"
+            "RUN                a run's folder\n"
+            "--ep N             expert-parallel ranks (default: those of the run)\n"
+            "--gpus-per-node G  (default: `cluster.gpus_per_node` of the run)\n"
+            "--steps N          the last so many, of those recorded one by one (default: 200)\n"
+            "--out FILE         the placement"
+        ),
+        example="switchyard place-experts runs/base --ep 8 --out placement.json",
     ),
     "convert to-esft": Command(
         target="launch.adapter:to_esft",
@@ -201,7 +220,8 @@ COMMANDS = {
             "recipe=NAME    a file of recipes/, or a path to a YAML file (default: tiny)\n"
             "cluster=NAME   a file of recipes/cluster/: local, a800x8, h800x8\n"
             "KEY=VALUE      overrides any setting, as in Hydra: layout.ep=8\n"
-            "--imbalance X  rows that a rank's experts receive, over the mean (default: 1.5)\n"
+            "--imbalance X  rows that a rank's experts receive, over the mean (default: 1.5); or a run's\n"
+            "               folder: what 99 % of its steps and layers would have had at most\n"
             "--compare      also every layout.ep on as many ranks, with and without recomputation\n"
             "--json [FILE]  numbers for machines; without FILE, nothing else is printed"
         ),

@@ -17,10 +17,11 @@ from moe.data.template import CONFIG as TOKENIZER_CONFIG
 from moe.data.template import TEMPLATE
 from moe.data.tokenizer import TOKENIZER, tokenizer_file
 from moe.hf.places import COMPANIONS, Place, find
+from moe.placement import read_placement
 from moe.selection import read_selection
 from parallel.errors import UserError
 
-SELECTION = "selection.json"  # in the folder of a run
+SELECTION, PLACEMENT = "selection.json", "placement.json"  # in the folder of a run
 _FREE = ("num_mtp_layers", "capacity_factor", "init_std", "rope", "max_context")
 _BALANCE = ("bias", "sequence_aux", "microbatch_aux", "global_aux")
 _BESIDE = (TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "generation_config.json")
@@ -86,6 +87,15 @@ def keepsakes(config: RunConfig, tokenizer: Path) -> dict[str, bytes]:
     return kept
 
 
+def placed(config: RunConfig) -> dict[str, bytes]:
+    """The copy of its placement that a run keeps, new or going on; UserError where it does not fit."""
+    if config.layout.placement is None:
+        return {}
+    path = Path(config.layout.placement)
+    read_placement(path, config.model, config.layout.ep)
+    return {PLACEMENT: path.read_bytes()}
+
+
 def _companions(data: DataConfig, trained: Path, init: str | None) -> dict[str, Path]:
     """Tokenizer and template, and what belongs to them; all of a model's small files with its tokenizer."""
     given = trained if data.tokenizer is None else tokenizer_file(data.tokenizer)
@@ -102,13 +112,17 @@ def _companions(data: DataConfig, trained: Path, init: str | None) -> dict[str, 
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """With paths of what a run begins from that mean the same in any folder."""
-    init, adapter, selection = (
+    """With paths of what a run takes that mean the same in any folder."""
+    init, adapter, selection, placement = (
         path and str(Path(path).expanduser().resolve())
-        for path in (config.train.init, config.tune.adapter, config.tune.selection)
+        for path in (config.train.init, config.tune.adapter, config.tune.selection, config.layout.placement)
     )
-    tune = replace(config.tune, adapter=adapter, selection=selection)
-    return replace(config, train=replace(config.train, init=init), tune=tune)
+    return replace(
+        config,
+        train=replace(config.train, init=init),
+        tune=replace(config.tune, adapter=adapter, selection=selection),
+        layout=replace(config.layout, placement=placement),
+    )
 
 
 def _weights_of(place: Place) -> Path:

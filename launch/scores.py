@@ -1,20 +1,16 @@
 """What every rank of `switchyard select-experts` does; the first one writes and shows what was chosen."""
 
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from launch.chosen import choose, count, describe, write_selection
 from launch.select import Plan
 from launch.using import reading
 from moe.data.corpus import prepare
 from moe.hf.inventory import complete, is_bias
-from moe.model.transformer import expert_layers
-from moe.selection import Selection, as_json, released_numbers, shortest_prefix
-from moe.telemetry.rows import replace_file
+from moe.selection import Selection
 from moe.train.evaluate import rounds
-from moe.train.scoring import Scores, score
+from moe.train.scoring import score
 from moe.train.step import local_batch_size, open_loader
 
 
@@ -26,48 +22,16 @@ def select(plan: Plan) -> int:
         batches = rounds(loader, engine.groups, plan.sequences, local_batch_size(config, engine.groups))
         scores = score(engine, batches, separate_documents=config.data.separate_documents)
     if engine.groups.rank == 0:
-        layers = scores.token if plan.score == "token" else scores.gate
-        chosen = {layer: shortest_prefix(values, plan.threshold) for layer, values in layers.items()}
-        _write(plan, Selection(experts=chosen), scores)
-        print(describe(plan, Selection(experts=chosen), scores.tokens), flush=True)
+        chosen = choose(scores, plan.score, plan.threshold)
+        write_selection(Path(plan.out), config.model, chosen, scores)
+        print(describe(config.model, chosen, scores, plan.score, plan.threshold))
+        print(f"\n{_share(plan, chosen)}: {plan.out}", flush=True)
     return 0
 
 
-def _write(plan: Plan, selection: Selection, scores: Scores) -> None:
-    """The selection, and beside it the scores as ESFT's own scripts lay them out."""
-    out, numbers = Path(plan.out), released_numbers(plan.config.model)
-    content: dict[str, Any] = {"tokens": scores.tokens}
-    for kind, layers in (("token_scores", scores.token), ("gate_scores", scores.gate)):
-        content[kind] = {number: _numbered(layers[name]) for number, name in numbers.items()}
-    replace_file(scores_file(out), json.dumps(content).encode())
-    replace_file(out, json.dumps(as_json(selection, plan.config.model)).encode())
-
-
-def _numbered(values: Sequence[float]) -> dict[str, float]:
-    return {str(expert): value for expert, value in enumerate(values)}
-
-
-def scores_file(out: Path) -> Path:
-    """Where the scores of a selection go: `law.scores.json` beside `law.json`."""
-    return out.with_name(f"{out.stem}.scores{out.suffix}")
-
-
-def describe(plan: Plan, selection: Selection, tokens: int) -> str:
-    """A table of what was chosen, and its share of the model."""
+def _share(plan: Plan, chosen: Selection) -> str:
+    """How many experts were chosen, and what share of the model's parameters they are."""
     model = plan.config.model
     sizes = {name: math.prod(shape) for name, shape in complete(model).items() if not is_bias(name)}
-    trained = sum(size for name, size in sizes.items() if selection.trains(name))
-    rows = [
-        f"  {layer:>5}  {len(selection.experts[layer]):>7}  {' '.join(map(str, selection.experts[layer]))}"
-        for layer in expert_layers(model)
-    ]
-    number = sum(map(len, selection.experts.values()))
-    return "\n".join(
-        (
-            f"{plan.score} scores of {tokens:,} tokens, threshold {plan.threshold:g}\n",
-            "  layer  experts  numbers, the greatest score first",
-            *rows,
-            f"\n{number} of {model.num_experts * len(rows)} experts, {trained:,} of {sum(sizes.values()):,} "
-            f"parameters ({trained / sum(sizes.values()):.1%}): {plan.out}",
-        )
-    )
+    trained, every = sum(size for name, size in sizes.items() if chosen.trains(name)), sum(sizes.values())
+    return f"{count(model, chosen)}, {trained:,} of {every:,} parameters ({trained / every:.1%})"

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launch import compose
-from launch.inherit import SELECTION, begin_from, go_on, keepsakes
+from launch.inherit import PLACEMENT, SELECTION, begin_from, go_on, keepsakes, placed
 from launch.ranks import AS_RANK, PARTING, Meeting, Ranks, rank_command, started_ranks
 from moe.config import RunConfig
 from moe.data.corpus import prepare
@@ -95,14 +95,17 @@ def new_run_name(runs: Path, recipe: str) -> str:
 
 
 def read_settings(folder: Path) -> RunConfig:
-    """The settings of a run wherever its folder lies now: the selection of experts is its own copy."""
-    return _with_own_selection(compose.read_yaml(folder / CONFIG), folder)
+    """The settings of a run wherever its folder lies now: selection and placement are its own copies."""
+    return _with_own_files(compose.read_yaml(folder / CONFIG), folder)
 
 
-def _with_own_selection(config: RunConfig, folder: Path) -> RunConfig:
-    if config.tune.method != "esft":
-        return config
-    return replace(config, tune=replace(config.tune, selection=str(folder.resolve() / SELECTION)))
+def _with_own_files(config: RunConfig, folder: Path) -> RunConfig:
+    tune, layout = config.tune, config.layout
+    if tune.method == "esft":
+        tune = replace(tune, selection=str(folder.resolve() / SELECTION))
+    if layout.placement is not None:
+        layout = replace(layout, placement=str(folder.resolve() / PLACEMENT))
+    return replace(config, tune=tune, layout=layout)
 
 
 def _saved_recipe(folder: Path, wanted: str | None) -> str:
@@ -185,11 +188,12 @@ def _begin(plan: Plan) -> RunConfig:
         print(f"note: {note}", flush=True)
     corpus = prepare(plan.config.data, plan.config.model.vocab_size, print)
     kept = {} if plan.resumes else keepsakes(plan.config, corpus.tokenizer_path)
+    kept |= placed(plan.config)
     if plan.config.train.init is not None and not plan.resumes:
         from moe.hf.convert import verified  # imports torch
 
         verified(Path(plan.config.train.init))
-    config = _with_own_selection(plan.config, plan.folder)
+    config = _with_own_files(plan.config, plan.folder)
     try:
         plan.folder.mkdir(parents=True, exist_ok=plan.resumes)
         for name, content in kept.items():
@@ -197,6 +201,8 @@ def _begin(plan: Plan) -> RunConfig:
             replace_file(plan.folder / name, content)
         replace_file(plan.folder / RECIPE, f"{plan.recipe}\n".encode())
         replace_file(plan.folder / CONFIG, compose.write_yaml(config).encode())
+        if config.layout.placement is None:
+            (plan.folder / PLACEMENT).unlink(missing_ok=True)  # of experts that are in order again
     except OSError as error:
         raise UserError(
             f"cannot write {plan.folder} ({error.strerror}): set `run=` or `launch.runs`"

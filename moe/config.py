@@ -147,6 +147,7 @@ class LayoutConfig:
     dp: int | None = None
     ep: int = 1  # spreads experts over the ranks of a stage, whatever these are to attention
     etp: int = 1  # cuts each expert
+    placement: str | None = None  # a file of `switchyard place-experts`: which experts live on which rank
     microbatches: int = 1  # per data-parallel rank and step
     schedule: ScheduleName = "1f1b"
     stages_per_rank: int = 2  # of an interleaved schedule

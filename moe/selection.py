@@ -89,6 +89,27 @@ def _checked(
         yield names[number], tuple(chosen)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of every expert, by the layer's name; `tokens` that they were taken over.
+
+    Over N tokens the token score of an expert is (1 / N K) times how often it was chosen, its gate score
+    (1 / N) times the sum of its gate weights, 0 where it was not chosen (section 3.2). The weights are those
+    of the router's scores, without what it multiplies them with (`gate_scale`): thresholds mean the same for
+    every model. `gate` is empty where it is not known.
+    """
+
+    token: Mapping[str, Sequence[float]]
+    gate: Mapping[str, Sequence[float]]
+    tokens: int
+
+
+def gate_scale(model: ModelConfig) -> float:
+    """What a router multiplies its weights with (router.py)."""
+    scales = model.score_function == "sigmoid" or not model.normalize_top_k
+    return model.routed_scaling_factor if scales else 1.0
+
+
 def released_numbers(model: ModelConfig) -> dict[str, str]:
     """A released model's number of each layer of experts, and the name that its load goes under."""
     own = {str(layer): str(layer) for layer in range(model.num_layers) if model.is_moe(layer)}
@@ -124,7 +145,9 @@ def shortest_prefix(scores: Sequence[float], threshold: float) -> tuple[int, ...
     return tuple(chosen)
 
 
-def spread(selection: Selection, layers: Sequence[str], num_experts: int, ep: int) -> dict[str, list[int]]:
+def spread(
+    selection: Selection, layers: Sequence[str], num_experts: int, ep: int
+) -> dict[str, tuple[int, ...]]:
     """The expert in each seat of every layer (see `Placement`): the chosen ones dealt out to the ranks.
 
     They are dealt in the order of layers and numbers, one to each rank in turn and on from layer to layer.
@@ -138,9 +161,9 @@ def spread(selection: Selection, layers: Sequence[str], num_experts: int, ep: in
             chosen[dealt % ep].append(expert)
             dealt += 1
         rest = iter(sorted(set(range(num_experts)).difference(*chosen)))
-        orders[layer] = [
+        orders[layer] = tuple(
             expert
             for own in chosen
             for expert in (*(next(rest) for _ in range(num_experts // ep - len(own))), *own)
-        ]
+        )
     return orders

@@ -12,13 +12,13 @@ from launch.inherit import begin_from
 from launch.options import Parser
 from launch.output import check_json, write_json
 from moe.config import RunConfig
-from parallel.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.plan.estimate import Estimate
+    from launch.plan.estimate import Estimate, Imbalance
+    from launch.plan.imbalance import Found
 
 STDOUT = Path("-")
-IMBALANCE = 1.5
+IMBALANCE = 1.5  # assumed
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
 _BAR = 32  # characters of a whole memory
 
@@ -29,16 +29,20 @@ def main(arguments: Sequence[str]) -> int:
     named, overrides = compose.take(options.settings, ("recipe",))
     config, notes = _begun(compose.from_recipe(named.get("recipe", "tiny"), overrides), overrides)
     from launch.plan.estimate import estimate  # imports torch
+    from launch.plan.imbalance import imbalance_of
 
-    asked = estimate(config, options.imbalance)
-    result, lines = (
-        asked.json() | {"imbalance": options.imbalance},
-        [*_table(asked), "", *notes, *_notes(options)],
-    )
+    find = imbalance_of(options.imbalance)
+
+    def imbalance(changed: RunConfig) -> float:
+        return find(changed).reckoned
+
+    found = find(config)
+    asked = estimate(config, found.reckoned)
+    result, lines = asked.json() | found.json(), [*_table(asked), "", *notes, *_notes(found)]
     if options.compare:
-        result["compare"], rows = _compare(config, options.imbalance)
+        result["compare"], rows = _compare(config, imbalance)
         lines += ["", *rows]
-    lines += ["", verdict(asked, options.imbalance)]
+    lines += ["", verdict(asked, imbalance)]
     print(json.dumps(result, indent=2) if options.json == STDOUT else "\n".join(lines), flush=True)
     if options.json != STDOUT:
         write_json(options.json, result)
@@ -48,17 +52,12 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("plan")
     parser.add_argument("settings", nargs="*")
-    parser.add_argument("--imbalance", type=float, default=IMBALANCE)
+    parser.add_argument("--imbalance", default=str(IMBALANCE))
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--json", type=Path, nargs="?", const=STDOUT)
     options = parser.parse_intermixed_args(arguments)
     if options.json is not None and "=" in str(options.json):  # a setting after a bare `--json`
         options.settings, options.json = [*options.settings, str(options.json)], STDOUT
-    if not options.imbalance >= 1:
-        raise UserError(
-            f"`--imbalance` must be at least 1, which is balanced, but is {options.imbalance:g}: "
-            f"use {IMBALANCE}"
-        )
     if options.json != STDOUT:
         check_json(options.json)
     return options
@@ -75,7 +74,7 @@ def _begun(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, tupl
     return config, (f"the model is that of `train.init={init}`", *notes)
 
 
-def verdict(asked: "Estimate", imbalance: float) -> str:
+def verdict(asked: "Estimate", imbalance: "Imbalance") -> str:
     """One sentence: whether the run fits, how full the fullest rank is, and what would make it fit."""
     from launch.plan.estimate import remedies
 
@@ -112,16 +111,16 @@ def _table(asked: "Estimate") -> list[str]:
     return lines
 
 
-def _notes(options: argparse.Namespace) -> list[str]:
+def _notes(found: "Found") -> list[str]:
     from launch.plan.estimate import ALLOWANCE
 
     return [
-        f"experts of a rank receive {options.imbalance:g} times the mean rows in every layer (--imbalance)",
+        *found.lines(),
         f"buffers hold exchanged rows and {ALLOWANCE / 1e9:g} GB assumed for CUDA, NCCL and the allocator",
     ]
 
 
-def _compare(config: RunConfig, imbalance: float) -> tuple[list[dict[str, Any]], list[str]]:
+def _compare(config: RunConfig, imbalance: "Imbalance") -> tuple[list[dict[str, Any]], list[str]]:
     """The same ranks under every degree of expert parallelism, with and without recomputation."""
     from launch.plan.estimate import estimate, possible_ep, with_ep
 
@@ -129,7 +128,7 @@ def _compare(config: RunConfig, imbalance: float) -> tuple[list[dict[str, Any]],
     for ep in possible_ep(config):
         for recompute in ("none", "full"):
             changed = with_ep(replace(config, train=replace(config.train, recompute=recompute)), ep)
-            tried = estimate(changed, imbalance)
+            tried = estimate(changed, imbalance(changed))
             rows.append({"ep": ep, "recompute": recompute, **tried.json()})
             total, said = tried.fullest.total_bytes / 1e9, "fits" if tried.fits else "does not fit"
             lines.append(f"{ep:9}  {recompute:<15}  {total:8.1f} GB  {said}")

@@ -5,7 +5,7 @@ an allowance for what no tensor of ours accounts for. Ranks of one pipeline stag
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -20,6 +20,7 @@ from moe.train.runner import make_schedule
 from parallel.errors import UserError
 from parallel.layout import divisors
 
+Imbalance = Callable[[RunConfig], float]  # of settings: another `layout.ep` spreads the same load otherwise
 ALLOWANCE = 2_500_000_000  # assumed, not measured: CUDA context, NCCL's buffers, fragments of the allocator
 
 
@@ -116,7 +117,9 @@ def estimate(config: RunConfig, imbalance: float) -> Estimate:
 def with_ep(config: RunConfig, ep: int) -> RunConfig:
     """The same ranks with the experts spread differently."""
     dp = validate(config).dp
-    return replace(config, layout=replace(config.layout, ep=ep, dp=dp))
+    layout = config.layout
+    placement = layout.placement if ep == layout.ep else None  # which is for so many ranks
+    return replace(config, layout=replace(layout, ep=ep, dp=dp, placement=placement))
 
 
 def possible_ep(config: RunConfig) -> list[int]:
@@ -125,12 +128,12 @@ def possible_ep(config: RunConfig) -> list[int]:
     return [ep for ep in divisors(each) if config.model.num_experts % ep == 0]
 
 
-def remedies(config: RunConfig, imbalance: float, most: int = 3) -> list[tuple[str, Estimate]]:
+def remedies(config: RunConfig, imbalance: Imbalance, most: int = 3) -> list[tuple[str, Estimate]]:
     """The smallest changes, on as many ranks, with which the run fits: each is reckoned, and fits."""
     found: list[tuple[str, Estimate]] = []
     for words, changed in _changes(config):
         if len(found) < most and not any(set(said.split()) <= set(words.split()) for said, _ in found):
-            tried = estimate(changed, imbalance)
+            tried = estimate(changed, imbalance(changed))
             found += [(words, tried)] if tried.fits else []
     return found
 

@@ -1,30 +1,15 @@
-"""Scoring experts on a sample of data, to choose those to train (ESFT, arXiv 2407.01906, section 3.2).
+"""Scoring experts on a sample of data, to choose those to train (ESFT, arXiv 2407.01906, section 3.2)."""
 
-Over N tokens the token score of expert i in layer l is (1 / N K) times how often it was chosen, its gate
-score (1 / N) times the sum of its gate weights, 0 where it was not chosen. The weights are those of the
-scores, without the routed scaling factor: thresholds mean the same for every model.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 
-from moe.config import ModelConfig
 from moe.data.loader import Batch
 from moe.model.transformer import expert_layers
+from moe.selection import Scores, gate_scale
 from moe.train.engine import Engine
 from moe.train.evaluate import forward
 from parallel.collectives import all_reduce
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Of every expert, by the layer's name; `tokens` that they were taken over."""
-
-    token: Mapping[str, Sequence[float]]
-    gate: Mapping[str, Sequence[float]]
-    tokens: int
 
 
 def score(engine: Engine, batches: Iterable[Batch], *, separate_documents: bool) -> Scores:
@@ -45,9 +30,3 @@ def score(engine: Engine, batches: Iterable[Batch], *, separate_documents: bool)
     shares = counts / (tokens * config.top_k), gates / (tokens * gate_scale(config))
     token, gate = (dict(zip(names, share.tolist(), strict=True)) for share in shares)
     return Scores(token=token, gate=gate, tokens=int(tokens.max()))
-
-
-def gate_scale(model: ModelConfig) -> float:
-    """What a router multiplies its weights with (router.py)."""
-    scales = model.score_function == "sigmoid" or not model.normalize_top_k
-    return model.routed_scaling_factor if scales else 1.0

@@ -16,6 +16,7 @@ from moe.hf.inventory import is_adapter
 from moe.model.experts import Placement
 from moe.model.init import init_adapters
 from moe.model.transformer import Transformer, expert_layers
+from moe.placement import chosen_last, read_placement
 from moe.selection import Selection, read_selection, spread
 from moe.train.units import parameter_units
 from parallel.collectives import all_reduce, group_rank
@@ -34,15 +35,24 @@ def selection_of(config: RunConfig) -> Selection | None:
 
 
 def placements(config: RunConfig, ep: int) -> dict[str, Placement]:
-    """Which experts live where, by layer; needed to make a model. Chosen ones are spread over the ranks."""
-    selection = selection_of(config)
-    if selection is None:
+    """Which experts live where, by layer; needed to make a model.
+
+    As the settings say; otherwise in order, but chosen ones are spread over the ranks.
+    """
+    selection, path = selection_of(config), config.layout.placement
+    if path is None and selection is None:
         return {}
-    orders = spread(selection, expert_layers(config.model), config.model.num_experts, ep)
-    return {
-        layer: Placement(tuple(order), frozenset(selection.experts.get(layer, ())))
-        for layer, order in orders.items()
-    }
+    layers = expert_layers(config.model)
+    if path is not None:
+        orders = read_placement(Path(path), config.model, ep)
+    if selection is None:
+        return {layer: Placement(orders[layer]) for layer in layers}
+    chosen = {layer: frozenset(selection.experts.get(layer, ())) for layer in layers}
+    if path is None:
+        orders = spread(selection, layers, config.model.num_experts, ep)
+    else:
+        orders = chosen_last(orders, chosen, ep)
+    return {layer: Placement(orders[layer], chosen[layer]) for layer in layers}
 
 
 def prepare(model: Transformer, config: RunConfig, saved: Collection[str] = ()) -> None:

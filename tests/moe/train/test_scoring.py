@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch import adapter, compose, select
-from launch.scores import scores_file
+from launch.chosen import scores_file
 from launch.scores import select as select_on_rank
 from moe.config import LayoutConfig, RunConfig
 from moe.data.corpus import prepare

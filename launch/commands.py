@@ -210,6 +210,23 @@ COMMANDS = {
         ),
         example="switchyard convert to-peft runs/lora adapter --base deepseek-ai/DeepSeek-V2-Lite",
     ),
+    "dashboard": Command(
+        target="launch.dashboard.command:main",
+        usage="dashboard RUN [RUN ...] [--export FILE.html] [--text] [--port N] [--host H]",
+        does="show the expert load of runs, live in a browser, as one file or as text",
+        details=(
+            "Serves a page that follows runs while they train, and compares them; Ctrl-C ends it. /metrics\n"
+            "of the same server gives Prometheus each expert's load and bias.\n\n"
+            "RUN            a run's folder, or a name under runs/\n"
+            "--export FILE  writes the page as one file that opens offline, and serves nothing\n"
+            "--text         prints the newest heatmap, layers by experts, and serves nothing\n"
+            "--layer L      with --text: one layer, step by step\n"
+            "--step N       with --text: as it was at a step\n"
+            "--port N       0 takes any free one (default: 8765)\n"
+            "--host H       the address to listen on (default: 127.0.0.1, this machine alone)"
+        ),
+        example="switchyard dashboard runs/tiny",
+    ),
     "plan": Command(
         target="launch.plan.command:main",
         usage="plan [recipe=NAME] [cluster=NAME] [KEY=VALUE ...] [--imbalance X] [--compare] [--json [FILE]]",

@@ -106,6 +106,11 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
             f"`data.sequence_length` must not exceed `model.max_context`, but {config.data.sequence_length} "
             f"> {model.max_context}: shorten the sequences or raise the context"
         )
+    if config.telemetry.full_steps < config.telemetry.window:
+        raise UserError(
+            "`telemetry.full_steps` must be at least `telemetry.window`, but "
+            f"{config.telemetry.full_steps} < {config.telemetry.window}: raise it or shorten the window"
+        )
     return layout
 
 

@@ -1,6 +1,7 @@
 """What a finished or running run amounts to, read from its folder in one pass over each file. No torch.
 
-Expert-load files are long (steps x layers rows), so only sums and the last window of counts are held.
+Expert load is long (steps x layers x experts), so it is held as frames of several steps, and step by step
+only for the last window.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moe.telemetry.load import Layer, LoadWindow, dead, max_vio
+from moe.telemetry.frames import Growing, History, empty, join
+from moe.telemetry.history import read_parts
+from moe.telemetry.load import Layer, dead, entropy, max_vio
 from moe.telemetry.rows import read_rows
 
 ALL = "all"  # the evaluation domain that stands for the total
+MAX_FRAMES = 400  # of the whole run: the points of a curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,10 @@ class Run:
     evaluated: dict[str, float | None]  # last validation loss by domain, the total under ALL
     layers: list[LayerLoad]
     window: int | None  # steps of the load window; None: not recorded, so the whole run
+    load: History  # of the whole run
+    recent: History  # of the load window
     sent_bytes: NDArray[np.int64]  # [ep, ep] by dispatch from row-rank to column-rank, forward
-    domain_max_vio: dict[str, float]  # of each domain's last recorded slice, mean over layers
+    domain_max_vio: dict[str, float]  # over each domain's sampled steps, mean over layers
 
     @property
     def window_steps(self) -> int:
@@ -59,16 +65,20 @@ def read_run(run_dir: str | Path) -> Run:
         else:
             train.append(row)
     window = read_window(folder)
-    load = _ExpertLoad(window)
-    for row in read_rows(folder / "expert_load.jsonl"):
-        load.add(row)
+    load, recent, last = _read_load(folder, window)
     return Run(
         train=train,
         evaluated=evaluated,
-        layers=list(load.layers()),
+        layers=list(_layers(load, recent, last)),
         window=window,
-        sent_bytes=load.sent_bytes,
-        domain_max_vio=load.domain_max_vio(),
+        load=load,
+        recent=recent,
+        sent_bytes=load.sent_bytes.sum(0),
+        domain_max_vio={
+            name: float(np.mean([max_vio(counts) for counts in counts_LE if counts.any()]))
+            for name, counts_LE in load.domains.items()
+            if counts_LE.any()
+        },
     )
 
 
@@ -80,41 +90,29 @@ def read_window(folder: Path) -> int | None:
     return window
 
 
-class _ExpertLoad:
-    """Sums over the rows of expert_load.jsonl."""
+def _read_load(folder: Path, window: int | None) -> tuple[History, History, History]:
+    """The whole run in few frames, its last `window` steps (None: the whole run), and its last step."""
+    load, recent, last = Growing(MAX_FRAMES), empty(), empty()
+    for part in read_parts(folder):
+        load.add(part)
+        last = part.after(part.last - 1)
+        if window is not None:
+            recent = join([recent, part]).after(last.last - window)
+    run = load.history.coarsened(MAX_FRAMES)
+    return run, run if window is None else recent, last
 
-    def __init__(self, window: int | None) -> None:
-        self._window = LoadWindow(window)
-        self._last: dict[Layer, dict[str, Any]] = {}
-        self._dropped: dict[Layer, int] = {}
-        self._domains: dict[tuple[str, Layer], list[int]] = {}
-        self.sent_bytes = np.zeros((0, 0), dtype=np.int64)
 
-    def add(self, row: dict[str, Any]) -> None:
-        layer = row["layer"]
-        self._window.add(layer, row["counts"])
-        self._last[layer] = row
-        self._dropped[layer] = self._dropped.get(layer, 0) + row["dropped"]
-        sent = np.asarray(row["rank_rows"], dtype=np.int64) * row["row_bytes"]
-        self.sent_bytes = self.sent_bytes + sent if self.sent_bytes.size else sent
-        for domain, counts in row.get("domains", {}).items():
-            self._domains[domain, layer] = counts
-
-    def layers(self) -> Iterator[LayerLoad]:
-        for layer, row in self._last.items():
-            yield LayerLoad(
-                layer=layer,
-                num_experts=len(row["counts"]),
-                max_vio=row["max_vio"],
-                max_vio_window=self._window.max_vio(layer),
-                entropy=row["entropy"],
-                dead=row["dead"],
-                dead_window=dead(self._window.counts(layer)),
-                dropped=self._dropped[layer],
-            )
-
-    def domain_max_vio(self) -> dict[str, float]:
-        values: dict[str, list[float]] = {}
-        for (domain, _), counts in self._domains.items():
-            values.setdefault(domain, []).append(max_vio(counts))
-        return {domain: sum(found) / len(found) for domain, found in values.items()}
+def _layers(load: History, recent: History, last: History) -> Iterator[LayerLoad]:
+    dropped = np.nansum(load.scalars["dropped"], 0)
+    for place, layer in enumerate(load.layers):
+        now, window = last.counts[-1, place], recent.counts[:, place].sum(0)
+        yield LayerLoad(
+            layer=layer,
+            num_experts=window.size,
+            max_vio=max_vio(now),
+            max_vio_window=max_vio(window),
+            entropy=entropy(now),
+            dead=dead(now),
+            dead_window=dead(window),
+            dropped=int(dropped[place]),
+        )

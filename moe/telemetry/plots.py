@@ -3,7 +3,7 @@
 Figures are made with matplotlib's objects, never its global state, and matplotlib is imported only
 when a picture is drawn. A picture is rendered in memory and then replaces its file in one step.
 
-Legend: L layers, E experts, S steps.
+Legend: L layers, E experts.
 """
 
 import io
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.telemetry.load import Layer, LoadWindow
+from moe.telemetry.frames import History
 from moe.telemetry.rows import replace_file
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e7eb"
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe-Ito: told apart under every common colour blindness
 DOTS_PER_INCH = 150
-MAX_POINTS = 400  # of a MaxVio curve; longer runs are averaged over equal spans of steps
 FLOOR = 0.01  # the smallest MaxVio that is told from 0 in a picture
 
 
@@ -65,33 +64,24 @@ def plot_loss(metrics_rows: Iterable[Mapping[str, Any]], path: str | Path) -> No
     _save(figure, path)
 
 
-def plot_expert_load(
-    load_rows: Iterable[Mapping[str, Any]], path: str | Path, window: int | None = None
-) -> None:
+def plot_expert_load(load: History, recent: History, path: str | Path) -> None:
     """Each expert's share of its layer's mean load, beside MaxVio of every layer over time.
 
-    `load_rows` are rows of expert_load.jsonl in order of step, read once; the share is taken over the
-    last `window` steps (None: all of them).
+    The shares are those of `recent`, the run's last steps; MaxVio is that of `load`, the whole run.
     """
-    last, history = LoadWindow(window), dict[Layer, list[tuple[int, float]]]()
-    for row in load_rows:
-        last.add(row["layer"], row["counts"])
-        history.setdefault(row["layer"], []).append((row["step"], row["max_vio"]))
-    layers = last.layers
-    figure = _figure(15.0, float(np.clip(1.6 + 0.2 * len(layers), 4.6, 12.0)))
+    figure = _figure(15.0, float(np.clip(1.6 + 0.2 * len(load.layers), 4.6, 12.0)))
     left, right = figure.subplots(1, 2, width_ratios=[1.75, 1])
-    seen = max((len(points) for points in history.values()), default=0)
-    _draw_shares(left, last, min(seen, window or seen))
-    _draw_max_vio(right, layers, history)
+    _draw_shares(left, recent)
+    _draw_max_vio(right, load)
     _save(figure, path)
 
 
-def _draw_shares(axes: "Axes", last: LoadWindow, steps: int) -> None:
+def _draw_shares(axes: "Axes", recent: History) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    layers = last.layers
-    shares_LE = np.array([_shares(last.counts(layer)) for layer in layers]).reshape(len(layers), -1)
+    layers, counts_LE = recent.layers, recent.counts.sum(0)
+    shares_LE = counts_LE / np.maximum(1.0, counts_LE.mean(1, keepdims=True))
     # The scale is symmetric about an even load and opens with the imbalance, so that a run of 3 %
     # does not look like one of 300 %; dead experts are black at any scale.
     reach = float(np.clip(np.abs(shares_LE - 1).max(initial=0.0), 0.25, 1.0))
@@ -112,7 +102,7 @@ def _draw_shares(axes: "Axes", last: LoadWindow, steps: int) -> None:
         _write_cells(axes, shares_LE, reach)
     axes.set_xlabel("expert (black: no token)" if (shares_LE == 0).any() else "expert")
     axes.set_ylabel("layer")
-    _title(axes, f"Expert load over the last {steps:,} steps")
+    _title(axes, f"Expert load over the last {recent.spans.sum():,} steps")
     _dress(axes, grid=False)
 
 
@@ -134,18 +124,18 @@ def _write_cells(axes: "Axes", shares_LE: NDArray[np.float64], reach: float) -> 
         axes.text(expert, layer, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=7.5)
 
 
-def _draw_max_vio(
-    axes: "Axes", layers: list[Layer], history: Mapping[Layer, list[tuple[int, float]]]
-) -> None:
+def _draw_max_vio(axes: "Axes", load: History) -> None:
     from matplotlib import colormaps
 
-    curves = {layer: _curve(history[layer]) for layer in layers}
+    layers = load.layers
+    # Averaged over a frame's steps, and kept off the zero that a log scale cannot show.
+    curves = [np.maximum(_smooth(values), FLOOR) for values in load.scalars["max_vio"].T]
+    steps = load.steps - (load.spans - 1) / 2
     tones = colormaps["viridis"](np.linspace(0.0, 0.92, max(1, len(layers))))
-    for tone, (layer, (steps, values)) in zip(tones, curves.items(), strict=True):
+    for tone, layer, values in zip(tones, layers, curves, strict=True):
         axes.plot(steps, values, color=tone, linewidth=1.0, label=f"layer {layer}")
     if curves:
-        mean = np.mean([values for _, values in curves.values()], axis=0)
-        axes.plot(steps, mean, color=INK, linewidth=2.4, label="mean over layers")
+        axes.plot(steps, np.mean(curves, axis=0), color=INK, linewidth=2.4, label="mean over layers")
         handles, _ = axes.get_legend_handles_labels()
         few = (
             handles if len(layers) <= 8 else [handles[0], handles[len(layers) // 2], handles[-2], handles[-1]]
@@ -159,17 +149,6 @@ def _draw_max_vio(
     axes.set_ylabel("MaxVio of a batch, smoothed, log scale")
     _title(axes, "MaxVio per layer")
     _dress(axes)
-
-
-def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    return counts / max(1.0, float(counts.mean()))
-
-
-def _curve(points: list[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and smoothed values of at most MAX_POINTS spans, kept off the zero a log scale cannot show."""
-    spans = np.array_split(np.array(points, dtype=float), min(len(points), MAX_POINTS))
-    steps, values = np.array([span.mean(axis=0) for span in spans]).T
-    return steps, np.maximum(_smooth(values), FLOOR)
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(folder)
     plot_loss(read_rows(folder / "metrics.jsonl"), folder / "loss.png")
     if run.layers:
-        plot_expert_load(read_rows(folder / "expert_load.jsonl"), folder / "expert_load.png", run.window)
+        plot_expert_load(run.load, run.recent, folder / "expert_load.png")
     name = html.escape(folder.resolve().name)
     page = PAGE.format(name=name, style=STYLE, body="".join(_sections(folder, run)))
     replace_file(folder / "report.html", page.encode())

@@ -9,9 +9,10 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 
 class JsonLines:
@@ -20,9 +21,9 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (held until `close`)
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row of plain values and flush it; NaN and infinities become null."""
-        self._file.write(json.dumps(finite(row), allow_nan=False, separators=(",", ":")) + "\n")
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows of plain values and flush them together; NaN and infinities become null."""
+        self._file.write("".join(_line(row) for row in rows))
         self._file.flush()
 
     def close(self) -> None:
@@ -36,6 +37,14 @@ class JsonLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    try:
+        text = json.dumps(row, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # rare, and looking for it in thousands of counts would cost more than the rest
+        text = json.dumps(finite(row), allow_nan=False, separators=(",", ":"))
+    return text + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -85,11 +94,18 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def replace_file(path: str | Path, content: bytes) -> None:
     """Write a whole file so that a reader, or a crash, sees either the old content or the new."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` in one step, once it was written without an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -12,6 +12,7 @@ import torch
 
 from moe.config import Component, LayoutConfig, RunConfig
 from moe.model.costs import train_flops_per_token
+from moe.telemetry.archive import EXPERT_LOAD, Archive
 from moe.telemetry.load import LoadWindow, collapsing, dead, entropy, max_vio
 from moe.telemetry.rows import JsonLines, read_rows, replace_file, trim_after
 from moe.train.counting import LayerCounts
@@ -19,7 +20,7 @@ from moe.train.evaluate import perplexity
 from moe.train.step import StepResult
 from parallel.pipeline.timeline import Timeline
 
-METRICS, EXPERT_LOAD, TIMELINE = "metrics.jsonl", "expert_load.jsonl", "timeline.json"
+METRICS, TIMELINE = "metrics.jsonl", "timeline.json"
 
 
 class Recorder:
@@ -28,14 +29,15 @@ class Recorder:
     def __init__(
         self, run: Path, config: RunConfig, domains: tuple[str, ...], step: int, world_size: int
     ) -> None:
-        for name in (METRICS, EXPERT_LOAD):
-            trim_after(run / name, step)
+        trim_after(run / METRICS, step)
         self._run, self._config, self._domains, self._world_size = run, config, domains, world_size
-        self._window = LoadWindow(config.telemetry.window)
+        telemetry = config.telemetry
+        self._loads = Archive(run, telemetry.full_steps, telemetry.thin_steps, step)
+        self._metrics = JsonLines(run / METRICS)
+        self._window = LoadWindow(telemetry.window)
         self._window.replay(
-            r for r in read_rows(run / EXPERT_LOAD) if r["step"] > step - config.telemetry.window
+            row for row in read_rows(run / EXPERT_LOAD) if row["step"] > step - telemetry.window
         )
-        self._metrics, self._loads = JsonLines(run / METRICS), JsonLines(run / EXPERT_LOAD)
 
     def step(self, step: int, tokens: int, result: StepResult) -> float:
         """Write the rows of a step (1-based); `tokens` read so far. Returns MaxVio, the mean over layers."""
@@ -57,8 +59,7 @@ class Recorder:
                 "memory_peak_bytes": _memory_peak(),
             }
         )
-        for row in loads:
-            self._loads.write(row)
+        self._loads.write(loads)
         if result.timeline is not None:
             content = json.dumps(_spans(step, self._config.layout, result.timeline))
             replace_file(self._run / TIMELINE, content.encode())

@@ -284,6 +284,10 @@ def test_known_keys_reach_into_groups() -> None:
             "`data.paths` must name sources of `data.format=text`, but 'python-stdlib-docstrings' is none: ",
         ),
         ({"data.max_bad": 1.5}, "`data.max_bad` must lie between 0 and 1, but is 1.5: "),
+        (
+            {"telemetry.full_steps": 20},
+            "`telemetry.full_steps` must be at least `telemetry.window`, but 20 < 50: ",
+        ),
         ({"train.keep_checkpoints": 0}, "`train.keep_checkpoints` must be greater than 0, but is 0: "),
         *(
             ({key: 0}, f"`{key}` must be greater than 0, but is 0")

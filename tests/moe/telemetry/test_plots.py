@@ -1,5 +1,6 @@
 """The pictures: what is drawn where, at the sizes of a tiny model, of V2-Lite and of V3."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ from matplotlib.figure import Figure
 
 from moe.telemetry import plots
 from moe.telemetry.plots import plot_expert_load, plot_loss
+from moe.telemetry.tables import from_lines
+
+
+def draw(rows: list[dict[str, Any]], path: Path, window: int | None = None) -> None:
+    """The picture of rows of expert_load.jsonl, its shares those of the last `window` steps."""
+    load = from_lines("".join(json.dumps(row) + "\n" for row in rows).encode())
+    plot_expert_load(load, load.after(load.last - (window or load.last)), path)
 
 
 def load_rows(num_layers: int, num_experts: int, steps: int) -> list[dict[str, Any]]:
@@ -40,7 +48,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(5, 16), (27, 64), (61, 256)])
 def test_expert_load_becomes_a_picture(num_layers: int, num_experts: int, tmp_path: Path) -> None:
     path = tmp_path / "expert_load.png"
-    plot_expert_load(load_rows(num_layers, num_experts, 2), path, 1)
+    draw(load_rows(num_layers, num_experts, 2), path, 1)
     height, width = matplotlib.image.imread(path).shape[:2]
     assert width >= 2 * num_experts * 3 and height >= 10 * num_layers  # pixels enough for every cell
     assert [p.name for p in tmp_path.iterdir()] == ["expert_load.png"]
@@ -50,7 +58,7 @@ def test_the_heatmap_shows_shares_of_the_last_window(figures: list[Figure], tmp_
     rows = load_rows(3, 4, 5)
     rows += [{"step": 6, "layer": layer, "counts": [4, 2, 0, 2], "max_vio": 1.0} for layer in (1, 2)]
     rows += [{"step": 7, "layer": layer, "counts": [0, 2, 0, 6], "max_vio": 2.0} for layer in (1, 2)]
-    plot_expert_load([row for row in rows if row["layer"] != "mtp0"], tmp_path / "x.png", 2)
+    draw([row for row in rows if row["layer"] != "mtp0"], tmp_path / "x.png", 2)
     left = figures[0].axes[0]
     shares = left.images[0].get_array()
     assert shares is not None and np.ma.filled(shares, -1).tolist() == [[1.0, 1.0, -1.0, 2.0]] * 2  # -1: dead
@@ -65,7 +73,7 @@ def test_max_vio_has_a_line_per_layer_and_their_mean(figures: list[Figure], tmp_
         for step in (1, 2)
         for layer, value in ((1, 0.2), ("mtp0", 0.6))
     ]
-    plot_expert_load(rows, tmp_path / "x.png")
+    draw(rows, tmp_path / "x.png")
     lines = {line.get_label(): line for line in figures[0].axes[1].lines}
     assert list(lines) == ["layer 1", "layer mtp0", "mean over layers"]
     assert np.asarray(lines["layer mtp0"].get_xdata()).tolist() == [1, 2]
@@ -74,7 +82,7 @@ def test_max_vio_has_a_line_per_layer_and_their_mean(figures: list[Figure], tmp_
 
 def test_nothing_routed_is_drawn_too(tmp_path: Path) -> None:
     rows = [{"step": 1, "layer": 0, "counts": [0, 0], "max_vio": 0.0}]
-    plot_expert_load(rows, tmp_path / "x.png")
+    draw(rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from moe.telemetry.archive import Archive
 from moe.telemetry.digest import read_run
 from moe.telemetry.report import summary, write_report
-from moe.telemetry.rows import JsonLines
+from moe.telemetry.rows import JsonLines, read_rows
 
 
 def expert_row(step: int, layer: int | str, counts: list[int], **extra: Any) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def test_the_page_is_whole_escaped_and_offline(run_dir: Path) -> None:
     assert not page.tags & {"script", "link", "b"} and not re.search(r"https?://|url\(|@import", text)
     assert "<title>a&lt;b</title>" in text
     assert "&lt;script&gt;alert()&lt;/script&gt;" in text and "&lt;c0ffee&gt;" in text
-    assert ["1", "0.500", "0.250", "0.9000", "0", "0", "0"] in page.rows
-    assert ["mtp0", "1.000", "1.000", "0.9000", "1", "1", "6"] in page.rows
+    assert ["1", "0.500", "0.250", "0.8113", "0", "0", "0"] in page.rows
+    assert ["mtp0", "1.000", "1.000", "0.0000", "1", "1", "6"] in page.rows
     assert ["code", "1.000", "2.72", "0.500"] in page.rows
     assert ["rank 1", "18 kB", "36 kB"] in page.rows
     assert "Dispatch sent 24 kB" in text and "26.7%" in text  # (1 + 3) of 15 rows
@@ -146,3 +147,23 @@ def test_a_dense_run_without_evaluation_has_a_report(tmp_path: Path) -> None:
 
 def test_a_run_that_never_finished_a_step_has_a_report(tmp_path: Path) -> None:
     assert write_report(tmp_path).exists()
+
+
+def test_a_long_run_is_reported_with_its_archived_steps(run_dir: Path) -> None:
+    (run_dir / "expert_load.jsonl").unlink()
+    store = Archive(run_dir, full_steps=4, thin_steps=2, step=0)
+    for step in range(1, 41):
+        counts = [9, 3] if step <= 20 else [4, 4]
+        store.write([expert_row(step, 1, counts, domains={"code": counts}), expert_row(step, "mtp0", [8, 0])])
+    store.close()
+    assert next(read_rows(run_dir / "expert_load.jsonl"))["step"] == 37  # the others are archived
+    run = read_run(run_dir)
+    first, mtp = run.layers
+    assert (first.max_vio, first.max_vio_window, mtp.dropped) == (0.0, 0.0, 80)
+    assert run.sent_bytes.tolist() == [[400000, 80000], [240000, 480000]]  # 40 steps x 2 layers
+    assert run.domain_max_vio == {"code": pytest.approx(260 / 200 - 1)}
+    assert run.recent.steps.tolist() == [39, 40] and run.load.spans.sum() == 40
+    assert run.load.scalars["max_vio"][:, 0].tolist() == [0.5] * 10 + [0.0] * (len(run.load) - 10)
+    assert ["mtp0", "1.000", "1.000", "0.0000", "1", "1", "80"] in Page(
+        write_report(run_dir).read_text()
+    ).rows

@@ -7,14 +7,14 @@ import numpy as np
 from launch.dashboard.view import RunView
 
 HELP = {
-    "switchyard_expert_load_share": "Share of its layer's assignments that an expert got in the newest step",
+    "switchyard_expert_load": "Tokens of an expert in the newest step, over the mean of its layer",
     "switchyard_expert_bias": "What balancing adds to an expert's score for the choice",
     "switchyard_expert_step": "The step that the other numbers are of",
 }
 
 
 def gauges(runs: Sequence[RunView]) -> str:
-    """Lines for `GET /metrics`: labels `run`, `layer`, `expert`; shares of a frame are of all its steps."""
+    """Lines for `GET /metrics`: labels `run`, `layer`, `expert`; the load of a frame is of all its steps."""
     samples: dict[str, list[str]] = {name: [] for name in HELP}
     for run in runs:
         for name, line in _samples(run):
@@ -34,8 +34,8 @@ def _samples(run: RunView) -> Iterator[tuple[str, str]]:
     label = f'run="{_escaped(run.name)}"'
     yield step, f"{step}{{{label}}} {history.steps[frame]}\n"
     counts = history.counts[frame]
-    shares = counts / np.maximum(1, counts.sum(-1, keepdims=True))
-    for name, values in ((load, shares), (bias, history.bias[frame])):
+    loads = counts / np.maximum(counts.mean(-1, keepdims=True), 1e-9)
+    for name, values in ((load, loads), (bias, history.bias[frame])):
         for layer, row in zip(history.layers, values.tolist(), strict=True):
             for expert, value in enumerate(row):
                 yield name, f'{name}{{{label},layer="{layer}",expert="{expert}"}} {value:.6g}\n'

@@ -172,8 +172,8 @@ def test_gauges_are_those_of_the_newest_step(server: Server, run: MadeRun) -> No
     for row in rows:
         for expert, count in enumerate(row["counts"]):
             labels = f'{{run="a \\"quoted\\" name",layer="{row["layer"]}",expert="{expert}"}}'
-            share = float(lines[f"switchyard_expert_load_share{labels}"])
-            assert share == pytest.approx(count / sum(row["counts"]), rel=1e-5)
+            load = float(lines[f"switchyard_expert_load{labels}"])
+            assert load == pytest.approx(16 * count / sum(row["counts"]), rel=1e-5)
             assert float(lines[f"switchyard_expert_bias{labels}"]) == pytest.approx(
                 row["bias"][expert], abs=1e-6
             )

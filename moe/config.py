@@ -228,11 +228,11 @@ class AlarmConfig:
     """From where on a run is said to go wrong; null switches that alarm off. NaN always raises one."""
 
     dead_steps: int | None = 100  # in a row in which an expert received no token
-    max_vio: float | None = 4.0  # of a layer over `telemetry.window`
+    max_vio: float | None = 2.0  # of a layer over `telemetry.window`; at most num_experts / top_k - 1
     bias: float | None = 1.0  # distance of an expert's selection bias from its layer's mean
-    rank_share: float | None = 2.0  # rows that a rank's experts received over the window, over the mean
-    domain: float | None = 0.1  # of a domain's tokens over the window, over its share before
-    loss_spike: float | None = 6.0  # above the recent mean, in the recent steps' standard deviations
+    rank_share: float | None = 1.5  # rows that a rank's experts received over the window, over the mean
+    domain: float | None = 0.1  # share of a domain in the last 10 samples, over its share before
+    loss_spike: float | None = 6.0  # above the recent median, in median deviations
 
 
 @dataclass(frozen=True, kw_only=True)

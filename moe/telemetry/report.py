@@ -9,14 +9,17 @@ import html
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe.telemetry.digest import ALL, Run, read_run
 from moe.telemetry.plots import plot_expert_load, plot_loss
 from moe.telemetry.rows import read_rows, replace_file
 
 NONE = "–"  # noqa: RUF001 (a dash stands for "no value")
+ALARMS = "alarms.jsonl"
+MAX_ALARMS = 100  # of the list; more are in the file
 MAX_RANK_COLUMNS = 16  # of the table of bytes between ranks; more do not fit a page
 
 STYLE = """
@@ -81,7 +84,9 @@ def write_report(run_dir: str | Path) -> Path:
 def summary(run_dir: str | Path) -> list[tuple[str, str]]:
     """A run's (name, value) pairs for the table on the terminal; a dash where there is no value."""
     folder = Path(run_dir)
-    return [*_summary(read_run(folder)), ("Report", str(folder / "report.html"))]
+    alarms = sum(1 for _ in read_rows(folder / ALARMS))
+    told = [("Alarms", f"{alarms:,}")] if alarms else []
+    return [*_summary(read_run(folder)), *told, ("Report", str(folder / "report.html"))]
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
@@ -112,6 +117,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
 
 def _sections(folder: Path, run: Run) -> Iterator[str]:
     yield f"<dl>{''.join(_fact(name, value) for name, value in _summary(run))}</dl>\n"
+    if alarms := list(read_rows(folder / ALARMS)):
+        yield f"<h2>Alarms</h2>\n{_alarms(alarms)}"
     yield f"<h2>Loss</h2>\n{_picture(folder / 'loss.png', 'Training and validation loss')}"
     if run.evaluated:
         yield f"<h2>Validation by domain</h2>\n{_domains(run)}"
@@ -149,6 +156,12 @@ def _domains(run: Run) -> str:
             for domain, loss in ((domain, run.evaluated[domain]) for domain in order)
         ],
     )
+
+
+def _alarms(rows: Sequence[Mapping[str, Any]]) -> str:
+    last = [(f"step {row['step']:,}", row["message"]) for row in rows[-MAX_ALARMS:]]
+    note = f"<p>The last {MAX_ALARMS} of {len(rows):,}.</p>\n" if len(rows) > MAX_ALARMS else ""
+    return note + _table(("", ""), last)
 
 
 def _layers(run: Run) -> str:

@@ -136,8 +136,10 @@ class _Run:
             while self.position.step < steps:
                 result = self._step()
                 if self.recorder and shown:
-                    max_vio = self.recorder.step(self.position.step, self.position.tokens, result)
+                    max_vio, alarms = self.recorder.step(self.position.step, self.position.tokens, result)
                     shown.update(self.position.step, result.loss, result.tokens / result.seconds, max_vio)
+                    for alarm in alarms:
+                        shown.note(alarm.line())
                 if not math.isfinite(result.loss + result.grad_norm):
                     return self._end_badly(shown)
                 at_end = self.position.step == steps
@@ -202,8 +204,9 @@ class _Run:
         self.saver.save(self.position.step, state.owned(self.trainer), asdict(self.position))
 
     def _end_badly(self, shown: Progress | None) -> int:
-        if shown:
+        if self.recorder and shown:
             shown.close()
+            self.recorder.close()
             logger.error(
                 "step %d gave a loss or gradient that is no number: lower `optim.lr` and resume",
                 self.position.step,
@@ -211,7 +214,8 @@ class _Run:
         return ENDED_BADLY
 
     def _leave(self, shown: Progress | None) -> int:
-        if shown:
+        if self.recorder and shown:
+            self.recorder.close()
             shown.note(
                 f"saved at step {self.position.step}; continue with: switchyard train run={self.folder.name}"
             )

@@ -1,8 +1,9 @@
-"""Writing down what a step gave (rank 0): `metrics.jsonl`, `expert_load.jsonl` and `timeline.json`."""
+"""Writing down what a step gave (rank 0), telling the sinks, and raising alarms: the files of a run."""
 
 import json
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -12,62 +13,84 @@ import torch
 
 from moe.config import Component, LayoutConfig, RunConfig
 from moe.model.costs import train_flops_per_token
+from moe.model.transformer import expert_layers
+from moe.telemetry.alarms import Alarm, Watch
 from moe.telemetry.archive import EXPERT_LOAD, Archive
-from moe.telemetry.load import LoadWindow, collapsing, dead, entropy, max_vio
+from moe.telemetry.load import Layer, LoadWindow, collapsing, dead, entropy, max_vio
 from moe.telemetry.rows import JsonLines, read_rows, replace_file, trim_after
+from moe.telemetry.sinks.outlet import open_outlets
 from moe.train.counting import LayerCounts
 from moe.train.evaluate import perplexity
 from moe.train.step import StepResult
+from moe.train.tuning import placements
 from parallel.pipeline.timeline import Timeline
 
-METRICS, TIMELINE = "metrics.jsonl", "timeline.json"
+METRICS, ALARMS, TIMELINE = "metrics.jsonl", "alarms.jsonl", "timeline.json"
 
 
 class Recorder:
-    """The two files of a run; rows after `step`, left by an attempt that was killed, are removed first."""
+    """A run's files, alarms and sinks; rows after `step`, left by an attempt that was killed, go first."""
 
     def __init__(
         self, run: Path, config: RunConfig, domains: tuple[str, ...], step: int, world_size: int
     ) -> None:
-        trim_after(run / METRICS, step)
         self._run, self._config, self._domains, self._world_size = run, config, domains, world_size
         telemetry = config.telemetry
+        for name in (METRICS, ALARMS):
+            trim_after(run / name, step)
         self._loads = Archive(run, telemetry.full_steps, telemetry.thin_steps, step)
-        self._metrics = JsonLines(run / METRICS)
         self._window = LoadWindow(telemetry.window)
+        self._watch = Watch(asdict(telemetry.alarms), telemetry.window, _ranks_of_experts(config))
         self._window.replay(
             row for row in read_rows(run / EXPERT_LOAD) if row["step"] > step - telemetry.window
         )
+        self._watch.replay(read_rows(run / METRICS), read_rows(run / EXPERT_LOAD))
+        self._metrics, self._alarms = JsonLines(run / METRICS), JsonLines(run / ALARMS)
+        self._outlets = open_outlets(
+            telemetry.sinks,
+            run,
+            project=telemetry.project,
+            host=telemetry.host,
+            port=telemetry.port,
+            config=asdict(config),
+        )
 
-    def step(self, step: int, tokens: int, result: StepResult) -> float:
-        """Write the rows of a step (1-based); `tokens` read so far. Returns MaxVio, the mean over layers."""
+    def step(self, step: int, tokens: int, result: StepResult) -> tuple[float, list[Alarm]]:
+        """Write the rows of a step (1-based); `tokens` read so far.
+
+        Returns MaxVio, the mean over layers, and the alarms that begin.
+        """
         loads = [self._load(step, name, layer) for name, layer in result.layers.items()]
         mean_max_vio = fmean([row["max_vio"] for row in loads]) if loads else 0.0
-        self._metrics.write(
-            {
-                "step": step,
-                "tokens": tokens,
-                "loss": result.loss,
-                "mtp_loss": result.mtp_loss,
-                "lr": result.learning_rate,
-                "grad_norm": result.grad_norm,
-                "tokens_per_second": result.tokens / result.seconds,
-                "step_seconds": result.seconds,
-                "mfu": self._mfu(result.tokens / result.seconds),
-                "max_vio": mean_max_vio,
-                "aux_loss": result.auxiliary_loss,
-                "memory_peak_bytes": _memory_peak(),
-            }
-        )
+        metrics = {
+            "step": step,
+            "tokens": tokens,
+            "loss": result.loss,
+            "mtp_loss": result.mtp_loss,
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": result.tokens / result.seconds,
+            "step_seconds": result.seconds,
+            "mfu": self._mfu(result.tokens / result.seconds),
+            "max_vio": mean_max_vio,
+            "aux_loss": result.auxiliary_loss,
+            "memory_peak_bytes": _memory_peak(),
+        }
+        alarms = self._watch.step(metrics, loads)
+        self._alarms.write(*(alarm.row() for alarm in alarms))  # before the step that readers wait for
+        self._metrics.write(metrics)
         self._loads.write(loads)
+        self._outlets.step(metrics, loads)
+        for alarm in alarms:
+            self._outlets.alarm(alarm.row())
         if result.timeline is not None:
             content = json.dumps(_spans(step, self._config.layout, result.timeline))
             replace_file(self._run / TIMELINE, content.encode())
-        return mean_max_vio
+        return mean_max_vio, alarms
 
     def _load(self, step: int, name: str, layer: LayerCounts) -> dict[str, Any]:
         counts, model = layer.counts.tolist(), self._config.model
-        number = int(name) if name.isdigit() else name
+        number = _number(name)
         self._window.add(number, counts)
         window = self._window.counts(number)
         row: dict[str, Any] = {
@@ -118,12 +141,31 @@ class Recorder:
         """Write the validation losses and perplexities after a step, by domain."""
         for domain, loss in losses.items():
             facts = {"eval_loss": loss, "perplexity": perplexity(loss), "domain": domain}
-            self._metrics.write({"step": step, **facts})
+            row = {"step": step, **facts}
+            self._metrics.write(row)
+            self._outlets.evaluation(row)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files, and the sinks once they have sent what waits."""
         self._metrics.close()
+        self._alarms.close()
         self._loads.close()
+        self._outlets.close()
+
+
+def _ranks_of_experts(config: RunConfig) -> dict[Layer, list[int]]:
+    """Which expert-parallel rank holds each expert [E], by layer."""
+    ep, num_experts = config.layout.ep, config.model.num_experts
+    placed, each = placements(config, ep), num_experts // ep
+    in_order = [expert // each for expert in range(num_experts)]
+    return {
+        _number(name): [seat // each for seat in placed[name].seats] if name in placed else in_order
+        for name in expert_layers(config.model)
+    }
+
+
+def _number(layer: str) -> Layer:
+    return int(layer) if layer.isdigit() else layer
 
 
 def _spans(step: int, layout: LayoutConfig, timeline: Timeline) -> dict[str, Any]:

@@ -90,6 +90,18 @@ def test_the_digest_keeps_last_step_window_and_run_apart(run_dir: Path) -> None:
     assert run.domain_max_vio == {"code": 0.5}
 
 
+def test_alarms_are_counted_and_listed(run_dir: Path) -> None:
+    assert "Alarms" not in write_report(run_dir).read_text(encoding="utf-8")
+    with JsonLines(run_dir / "alarms.jsonl") as alarms:
+        for step in range(1, 1002):
+            alarms.write({"step": step, "kind": "max_vio", "layer": 1, "message": "layer 1: 3 < 4."})
+    assert summary(run_dir)[-2:] == [("Alarms", "1,001"), ("Report", str(run_dir / "report.html"))]
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    rows = Page(text).rows
+    assert ["step 1,001", "layer 1: 3 < 4."] in rows and ["step 901", "layer 1: 3 < 4."] not in rows
+    assert "<h2>Alarms</h2>" in text and "The last 100 of 1,001." in text and "3 &lt; 4" in text
+
+
 class Page(HTMLParser):
     """Open tags, addresses, and the text of table rows of a page."""
 

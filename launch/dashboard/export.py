@@ -14,7 +14,10 @@ from parallel.errors import UserError
 
 FOLDER = Path(__file__).parent
 TEMPLATE, STYLE = "page.html", "page.css"
-SCRIPTS = ("data.js", "scale.js", "draw.js", "panels.js", "main.js")  # in this order, as one script
+SCRIPTS = (  # in this order, as one script
+    *("data.js", "scale.js", "draw.js", "state.js", "curves.js", "heat.js", "ranks.js", "panels.js"),
+    "main.js",
+)
 _MARKER = re.compile(r"/\*(STYLE|SCRIPT|EXPORT)\*/")
 
 

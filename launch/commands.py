@@ -285,6 +285,18 @@ COMMANDS = {
         ),
         example="switchyard bench schedule --ranks 4 --microbatches 8",
     ),
+    "bench telemetry": Command(
+        target="launch.bench.telemetry:main",
+        usage="bench telemetry [--steps N] [--json FILE]",
+        does="measure what watching expert load costs a step",
+        details=(
+            "Trains a model of DeepSeek-V2-Lite's 27 layers and 64 experts, an eighth as wide, and times\n"
+            "what only watches. Takes some minutes and 6 GB.\n\n"
+            "--steps N    with samples, and as many without (default: 8)\n"
+            "--json FILE  writes the rows for machines"
+        ),
+        example="switchyard bench telemetry --json telemetry.json",
+    ),
     "bench checkpoint": Command(
         target="launch.bench.checkpoint:main",
         usage="bench checkpoint [--every N] [--rounds N] [--json FILE]",

@@ -74,10 +74,11 @@ def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
             times[f"rows {kind}"].append(end - rows)
         recorder.close()
     found = {name: median(values) for name, values in times.items()}
-    return _result(config, len(result.layers), found)
+    return result_of(config, len(result.layers), found)
 
 
-def _result(config: RunConfig, layers: int, found: dict[str, float]) -> dict[str, Any]:
+def result_of(config: RunConfig, layers: int, found: dict[str, float]) -> dict[str, Any]:
+    """Rows of parts from medians by name; samples are weighed with the most frequent one's period."""
     telemetry = config.telemetry
     often = 1 / telemetry.domains_every  # the most frequent of the samples stands for all
     parts = {"router signals": found["signals"]}

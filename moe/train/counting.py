@@ -7,7 +7,8 @@ Legend: L layers of experts, E experts, P expert-parallel ranks, D domains, T to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,8 +78,13 @@ class Totals:
     domains: Tensor | None  # [L, D, E]
     pairs: Tensor | None  # [L, E (E - 1) / 2]
 
+    def on_host(self) -> "Totals":
+        """The same where reading a number waits for no device."""
+        held: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.cpu() for name, value in held.items()})
+
     def layer(self, index: int, bias: Tensor, top_k: int, *, times: bool) -> LayerCounts:
-        """One layer of them, read by the host."""
+        """One layer of them."""
         square, margin, num_margins, moved = self.signals[index].tolist()
         logit_max, max_vio_greatest, *_ = self.greatest[index].tolist()
         max_vio, num_microbatches = self.max_vio[index].tolist()

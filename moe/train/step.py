@@ -150,6 +150,7 @@ class Trainer:
             if self.groups.is_first_copy:
                 biases[index] = router.bias
         all_reduce(biases, self.groups.pp)  # one rank speaks for each layer: what is added is 0
+        totals, biases = totals.on_host(), biases.cpu()
         return {
             name: totals.layer(index, biases[index], model.top_k, times=sampling.times)
             for index, name in enumerate(names)

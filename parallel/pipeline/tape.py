@@ -43,9 +43,10 @@ def moment(device: torch.device) -> Any:
 
 
 def seconds(begin: Any, end: Any) -> float:
-    """The time between two moments of one device; on CUDA both must have passed."""
+    """The time between two moments of one device; on CUDA this waits until the device has passed both."""
     if isinstance(begin, float):
         return float(end - begin)
+    end.synchronize()
     return float(begin.elapsed_time(end)) / 1000
 
 

@@ -127,23 +127,18 @@ class _Onset:
 
 
 class _Window:
-    """The arrays of the last `size` steps, with their sum."""
+    """The integer arrays of the last `size` steps, and their sum."""
 
     def __init__(self, size: int) -> None:
         self._arrays: deque[Array] = deque(maxlen=size)
-        self.sum: Array = np.zeros(())
+        self.sum: Array = np.zeros((), dtype=np.int64)
 
     def add(self, array: Array) -> bool:
         """Append a step's array; whether the window is full."""
-        self.sum = self.sum + array
-        if len(self._arrays) == self._arrays.maxlen:
-            self.sum -= self._arrays[0]
+        oldest = self._arrays[0] if len(self._arrays) == self._arrays.maxlen else 0
+        self.sum = self.sum + array - oldest
         self._arrays.append(array)
         return len(self._arrays) == self._arrays.maxlen
-
-    @property
-    def oldest(self) -> Array:
-        return self._arrays[0]
 
 
 class _Loads:
@@ -151,7 +146,8 @@ class _Loads:
 
     def __init__(self, limits: Limits, window: int, placement: Mapping[Layer, Sequence[int]]) -> None:
         self._limits, self._window, self._placement = limits, window, placement
-        self._counts, self._distances, self._received = _Window(window), _Window(window), _Window(window)
+        self._counts, self._received = _Window(window), _Window(window)
+        self._distances: deque[Array] = deque(maxlen=window)  # [L, E] of each bias from its layer's mean
         self._idle: Array = np.zeros((), dtype=np.int64)  # [L, E] steps in a row without a token
         self._dead = _Onset(2 * int(limits["dead_steps"] or 0))
         self._uneven, self._runaway, self._loaded = (_Onset(2 * window) for _ in range(3))
@@ -168,9 +164,9 @@ class _Loads:
             found.append(self._max_vio(step, layers, load))
         if "bias" in rows[0]:
             bias = np.array([row["bias"] for row in rows], dtype=np.float32)
-            distance = bias - bias.mean(1, keepdims=True)
-            if self._distances.add(distance):
-                found.append(self._bias(step, layers, load, distance))
+            self._distances.append(bias - bias.mean(1, keepdims=True))
+            if len(self._distances) == self._window:
+                found.append(self._bias(step, layers, load))
         if "rank_rows" in rows[0]:
             received = np.array([row["rank_rows"] for row in rows], dtype=np.int64).sum(1)
             if self._received.add(received):
@@ -197,12 +193,13 @@ class _Loads:
         message = reasons.max_vio(layer, expert, rank, values[place], limit, self._window, others)
         return Alarm(step, "max_vio", layer, expert, rank, message)
 
-    def _bias(self, step: int, layers: Sequence[Layer], load: Array, distance: Array) -> Alarm | None:
-        limit, size = self._limits["bias"], abs(distance)
+    def _bias(self, step: int, layers: Sequence[Layer], load: Array) -> Alarm | None:
+        limit, distance, before = self._limits["bias"], self._distances[-1], self._distances[0]
         if limit is None:
             return None
+        size = abs(distance)
         ignored = np.sign(distance) * (load - 1.0) < -OFF_BALANCE  # a raised bias should raise the load
-        begin = self._runaway(step, (size > limit) & (size > abs(self._distances.oldest)) & ignored)
+        begin = self._runaway(step, (size > limit) & (size > abs(before)) & ignored)
         if not begin.any():
             return None
         place, others = _worst((size * begin).max(1), layers)

@@ -159,7 +159,7 @@ def _domains(run: Run) -> str:
 
 
 def _alarms(rows: Sequence[Mapping[str, Any]]) -> str:
-    last = [(f"step {row['step']:,}", row["message"]) for row in rows[-MAX_ALARMS:]]
+    last = [(f"step\u00a0{row['step']:,}", row["message"]) for row in rows[-MAX_ALARMS:]]
     note = f"<p>The last {MAX_ALARMS} of {len(rows):,}.</p>\n" if len(rows) > MAX_ALARMS else ""
     return note + _table(("", ""), last)
 

@@ -143,17 +143,21 @@ class Page:
             mobile=False,
         )
 
-    def screenshot(self, path: Path, selector: str = "body") -> None:
-        """Write an element as PNG; the window is as high as the page meanwhile, so that all is drawn."""
+    def screenshot(self, path: Path, selector: str = "body", margin: int = 0, scale: float = 1) -> None:
+        """Write an element as PNG; the window is as high as the page meanwhile, so that all is drawn.
+
+        `margin`: CSS px around it; `scale`: pixels of the picture to one of them.
+        """
         size = self.call("Page.getLayoutMetrics")["cssLayoutViewport"]
         height = self.evaluate("document.documentElement.scrollHeight")
         self.resize(size["clientWidth"], height)
         self.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => done(1)), 300))")
         box = self.evaluate(
             f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return {x: r.x, y: r.y, width: r.width, height: r.height} })()"
+            f" const m = {margin}, [x, y] = [Math.max(r.x - m, 0), Math.max(r.y - m, 0)];"
+            " return {x, y, width: r.right + m - x, height: r.bottom + m - y} })()"
         )
-        shot = self.call("Page.captureScreenshot", clip={**box, "scale": 1})
+        shot = self.call("Page.captureScreenshot", clip={**box, "scale": scale})
         path.write_bytes(base64.b64decode(shot["data"]))
         self.resize(size["clientWidth"], size["clientHeight"])
 

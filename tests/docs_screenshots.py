@@ -19,7 +19,6 @@ from tests.launch.test_dashboard_page import opened, show
 from tests.made_run import make_run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COLOURS = 128  # of a picture: enough for the maps, and small
 
 
 def main(runs: list[Path]) -> None:
@@ -27,7 +26,6 @@ def main(runs: list[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         scratch = Path(folder)
         with opened(browser, runs[0]) as page:
-            shoot(page, "overview", "section[aria-label=Overview]")
             page.evaluate("select({layer: 1, expert: 3})")
             shoot(page, "layer", "section[aria-label='Expert load']")
             shoot(page, "ranks", "section[aria-label=Ranks]")
@@ -47,15 +45,14 @@ def main(runs: list[Path]) -> None:
         with browser.page() as page:
             page.offline()
             show(page, exported.as_uri(), len(runs))
-            shoot(page, "offline", "header")
+            shoot(page, "offline", "body", scale=0.5)
 
 
-def shoot(page: Page, name: str, selector: str) -> None:
+def shoot(page: Page, name: str, selector: str, scale: float = 1) -> None:
     """Write an element of the page."""
     path = DOCS / f"dashboard_{name}.png"
-    page.screenshot(path, selector)
-    picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-    picture.quantize(COLOURS).save(path, optimize=True)
+    page.screenshot(path, selector, margin=16, scale=scale)
+    Image.open(io.BytesIO(path.read_bytes())).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class RankLoads {
 function paintLinks(traffic) {
   const parts = [
     ["kept on their rank", traffic?.kept, "#bcc4cd"],
-    ["over NVLink", traffic?.nvlink, BLUE],
+    ["within a node", traffic?.nvlink, BLUE],
     ["over the network", traffic?.network, ORANGE],
   ];
   const total = parts.reduce((sum, [, count]) => sum + (count || 0), 0);

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 MAX_RANKS = 8
 GROUP_TIMEOUT = datetime.timedelta(seconds=60)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "hydra"])
 
 
 class RankFailure(AssertionError):
@@ -51,15 +53,13 @@ class Pool:
     """The workers, started one by one as calls ask for more of them."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
         self._workers: list[tuple[Any, Connection]] = []
 
     def grow(self, count: int) -> list[Connection]:
         """The pipes to the first `count` workers."""
         while len(self._workers) < count:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

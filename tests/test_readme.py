@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.small import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,24 +48,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def runnable(command: str) -> list[str]:
-    """The same command through this interpreter, shrunk."""
+def shrunk(command: str) -> list[str]:
+    """The words of a command with what makes it small."""
     words = shlex.split(command)
-    python = {"./switchyard": ["-m", "launch"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
-    words = [sys.executable, *python, *words[1:]]
     if "recipe=tiny_sft" in words or "run=tiny_sft" in words:
         return words + (CONTINUED if "run=tiny_sft" in words else TUNED)
     if "train" in words or "launch.train" in words:
         return words + SMALL
-    if "select-experts" in words:
+    if "select-experts" in words and "--recorded" not in words:
         return [*words, "--sequences", "2"]
+    if "dashboard" in words and not {"--export", "--text"} & set(words):
+        return [*words, "--export", "live.html"]  # it would serve until Ctrl-C
     if "verify" in words:
         ranks = ["--ranks", "2"] if "--sweep" in words else []
         return [*words, *ranks, "--steps", "1", *SMALL]
+    if "--compare" in words and "schedule" in words:
+        return [*words, "--ranks", "4", "--microbatches", "8"]
     if "bench" in words:
         few = {
             "balance": ["--steps", "2"],
             "checkpoint": ["--every", "1", "--rounds", "1"],
+            "telemetry": ["--help"],  # minutes; tests/launch/test_bench_telemetry.py measures a small model
         }
         return words + few[words[words.index("bench") + 1]]
     return words
@@ -75,10 +79,19 @@ def test_command(command: str, place: Path) -> None:
     if command == "./switchyard test":
         assert "./switchyard test" in (ROOT / ".ci" / "run").read_text()  # it is what runs this test
         return
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        runnable(command), cwd=place, env=environment, capture_output=True, text=True, timeout=300
-    )
+    program, *words = shrunk(command)
+    if program == "torchrun":
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    else:
+        assert program == "./switchyard"
+        done = run_command(words, place)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 

@@ -4,7 +4,9 @@ Every test runs real steps on several ranks and compares with one rank. The docs
 error and where it was reported.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from tests.ranks import run_ranks
 from tests.reduced import ranks_of
 from tests.small import small_run
 
-STEPS = 3
+STEPS = 2  # the second with what the first one moved
 EVERY_AXIS = LayoutConfig(tp=2, pp=2, dp=2, ep=2, microbatches=2)  # 8 ranks
 RING = LayoutConfig(tp=2, cp=2, ep=2, etp=2, microbatches=4)  # 4 ranks
 
@@ -37,6 +39,9 @@ class Facts(NamedTuple):
 
     results: list[StepResult]
     gradients: list[tuple[str, tuple[slice, ...], Tensor]]
+
+
+Plain = Callable[[LayoutConfig], tuple[Facts, list[Facts]]]
 
 
 def trainer_of(config: RunConfig, world_size: int) -> Trainer:
@@ -93,18 +98,26 @@ def assert_same_gradients(alone: Facts, ranks: list[Facts], bound: float = 1e-3)
         assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    return small_run(tmp_path, num_mtp_layers=1)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return small_run(tmp_path_factory.mktemp("small"), num_mtp_layers=1)
+
+
+@pytest.fixture(scope="module")
+def plain(config: RunConfig) -> Plain:
+    """`both` without anything special: several tests look at the same run."""
+    return lru_cache(partial(both, config))
 
 
 @pytest.mark.parametrize("layout", [EVERY_AXIS, RING], ids=["every axis", "ring"])
-def test_recomputation_and_accumulation_count_nothing_twice(config: RunConfig, layout: LayoutConfig) -> None:
+def test_recomputation_and_accumulation_count_nothing_twice(
+    config: RunConfig, plain: Plain, layout: LayoutConfig
+) -> None:
     """Class 2.1: counts and auxiliary losses doubled (Megatron #1330, #1478; torchtitan #1593)."""
     recomputed = replace(config, train=replace(config.train, recompute="full"))
-    alone, plain = both(config, layout)
+    alone, stored = plain(layout)
     again = run_ranks(ranks_of(layout), _train_with, replace(recomputed, layout=layout), {})
-    for facts in (*plain, *again):
+    for facts in (*stored, *again):
         for found, expected in zip(facts.results, alone.results, strict=True):
             assert found.auxiliary_loss == pytest.approx(expected.auxiliary_loss, rel=1e-5)
             assert set(found.layers) == {"1", "2", "mtp0"}
@@ -113,7 +126,7 @@ def test_recomputation_and_accumulation_count_nothing_twice(config: RunConfig, l
                 _assert_same_signals(layer, expected.layers[name])
                 valid = found.tokens - (config.train.batch_size if name == "mtp0" else 0)
                 assert int(layer.counts.sum()) == int(layer.rank_rows.sum()) == valid * config.model.top_k
-    for first, second in zip(plain, again, strict=True):  # and recomputation changes no bit
+    for first, second in zip(stored, again, strict=True):  # and recomputation changes no bit
         assert [result.loss for result in first.results] == [result.loss for result in second.results]
         assert all(torch.equal(a[2], b[2]) for a, b in zip(first.gradients, second.gradients, strict=True))
 
@@ -152,9 +165,9 @@ def test_stages_without_experts_or_layers_do_not_hang(config: RunConfig, dense: 
     ],
     ids=["ep4", "tp2·ep4", "tp2", "tp2·ep2·etp1", "ring", "every axis"],
 )
-def test_gradients_are_scaled_and_normed_once(config: RunConfig, layout: LayoutConfig) -> None:
+def test_gradients_are_scaled_and_normed_once(plain: Plain, layout: LayoutConfig) -> None:
     """Class 2.3: PyTorch #160285, Megatron #5916, SpecForge #882 (norm √EP too big), torchtitan #2387."""
-    alone, ranks = both(config, layout)
+    alone, ranks = plain(layout)
     for facts in ranks:
         norms = [result.grad_norm for result in facts.results]
         assert norms == pytest.approx([result.grad_norm for result in alone.results], rel=1e-5)
@@ -223,9 +236,9 @@ def test_padding_is_neither_routed_nor_counted(config: RunConfig, layout: Layout
 
 
 @pytest.mark.parametrize("layout", [EVERY_AXIS, RING], ids=["every axis", "ring"])
-def test_the_bias_follows_all_distinct_tokens_once(config: RunConfig, layout: LayoutConfig) -> None:
+def test_the_bias_follows_all_distinct_tokens_once(plain: Plain, layout: LayoutConfig) -> None:
     """Class 2.6: counts over too few or too many ranks; MTP's layer skipped (torchtitan #4494)."""
-    alone, ranks = both(config, layout)
+    alone, ranks = plain(layout)
     for facts in ranks:  # every rank knows every stage's
         for found, expected in zip(facts.results, alone.results, strict=True):
             for name, layer in expected.layers.items():
@@ -269,9 +282,10 @@ def test_a_checkpoint_holds_every_expert_and_bias(
         assert router.bias.tolist() == list(range(8))
 
 
-def test_the_same_run_twice_is_bit_equal(config: RunConfig) -> None:
+def test_the_same_run_twice_is_bit_equal(config: RunConfig, plain: Plain) -> None:
     """Class 2.12: Megatron #2369, #1881; torchtitan #1720."""
-    first, second = (run_ranks(8, _train_with, replace(config, layout=EVERY_AXIS), {}) for _ in range(2))
+    _, first = plain(EVERY_AXIS)
+    second = run_ranks(8, _train_with, replace(config, layout=EVERY_AXIS), {})
     for one, other in zip(first, second, strict=True):
         assert [result.loss for result in one.results] == [result.loss for result in other.results]
         assert all(torch.equal(a[2], b[2]) for a, b in zip(one.gradients, other.gradients, strict=True))

@@ -35,7 +35,8 @@ def world(
     try:
         yield device
     finally:
-        torch.use_deterministic_algorithms(False)
+        if deterministic:  # this call imports torch's compiler, which takes as long as torch
+            torch.use_deterministic_algorithms(False)
         if several:
             dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from parallel.collectives import Splits, Wire, all_to_all, start_all_to_all
 from parallel.linear import Queue, deferring
@@ -256,7 +257,7 @@ class Tape:
             if leaf.grad is not None
         ]
         if pairs:
-            torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
+            _run_backward(*zip(*pairs, strict=True))
 
     def _last_ready(self, readers: Counter[int], in_flight: list[tuple[int, Tensor, Wire]]) -> int | None:
         """The last record whose outputs have all their gradient; a unit's, when all behind it is done."""
@@ -275,6 +276,13 @@ def _differentiable(values: tuple[Any, ...]) -> list[Tensor]:
     """The results that a gradient can reach, each once."""
     found = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
     return list({id(value): value for value in found}.values())
+
+
+def _run_backward(results: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """`torch.autograd.backward`, which would import sympy to compare shapes: half a second of every rank."""
+    Variable._execution_engine.run_backward(
+        results, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _add_gradient(leaf: Tensor, gradient: Tensor) -> None:

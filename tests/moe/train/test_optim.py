@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe.config import OptimConfig
 from moe.train import optim
-from moe.train.adam import fused_adam
+from moe.train.adam import Adam, fused_adam
 from moe.train.optim import Optimizer, learning_rate
 from parallel.errors import UserError
 from parallel.zero import ParameterSet, Zero
@@ -182,8 +182,8 @@ def test_every_replica_keeps_its_share_of_the_state(moments: str, each: int) -> 
 def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def recorded(fused: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-        def make(masters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+    def recorded(fused: str, device: torch.device) -> Callable[..., Adam]:
+        def make(masters: list[Tensor], **settings: Any) -> Adam:
             sizes.append(sum(master.numel() for master in masters))
             return fused_adam(fused, device)(masters, **settings)
 

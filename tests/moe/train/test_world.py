@@ -1,12 +1,18 @@
 """Ranks that take one layout after the other."""
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 
 from moe.train.world import groups_of, world
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
+from tests.moe.train.test_step import steps
 from tests.ranks import run_ranks
+from tests.small import small_run
 
 
 def in_turn(rank: int, world_size: int) -> list[int]:
@@ -36,3 +42,18 @@ def test_deterministic_kernels_for_as_long_as_asked(monkeypatch) -> None:
     with world(deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_imports_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's, and sympy for it, take longer to import than all that a rank needs."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch._inductor.config",
+        "sympy",
+        "torch.fx.experimental.symbolic_shapes",
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+    with world():
+        steps(small_run(tmp_path), 1, 0, 1)

@@ -1,8 +1,8 @@
 """The command line: `switchyard COMMAND`, `python -m launch COMMAND`.
 
 A command is a row of the table in commands.py; its module is imported when it is called, so that `--help`
-costs nothing. Whatever a user can mend arrives as a `UserError` and leaves as one sentence and exit code 2;
-everything else is a defect of ours and keeps its traceback.
+costs nothing. Whatever a user can mend arrives as a `UserError`, or as `BadRow` of a run's file, and leaves
+as one sentence and exit code 2; everything else is a defect of ours and keeps its traceback.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from launch.commands import COMMANDS, Command
+from moe.telemetry.rows import BadRow
 from parallel.errors import UserError
 
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except (UserError, BadRow) as error:
         print(f"switchyard: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

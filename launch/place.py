@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from launch.options import Parser
-from launch.recorded import read_recorded, single_steps
+from launch.recorded import read_single_steps
 from moe.config import RunConfig
 from moe.placement import Integers, Nodes, Order, place, rank_rows, read_placement
 from moe.telemetry.history import History
@@ -47,8 +47,7 @@ class Worth:
 def main(arguments: Sequence[str]) -> int:
     """Place, write, and show what it is worth; the exit code."""
     options = _parse(arguments)
-    config, history = read_recorded(options.run)
-    history = single_steps(history, options.steps)
+    config, history = read_single_steps(options.run, options.steps)
     half = len(history.steps) // 2
     if not half:
         raise UserError(

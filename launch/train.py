@@ -21,7 +21,7 @@ from moe.config import RunConfig
 from moe.data.corpus import prepare
 from moe.hf.places import SETTINGS as CONFIG
 from moe.rules import tuning_notes, validate
-from moe.telemetry.rows import replace_file
+from moe.telemetry.rows import BadRow, replace_file
 from parallel.errors import UserError
 from parallel.layout import Layout
 
@@ -219,7 +219,7 @@ def _be_rank(config: RunConfig, folder: Path, meeting: Meeting) -> int:
         set_num_threads(config.launch.threads)
     try:
         code = train(config, folder)
-    except UserError as error:
+    except (UserError, BadRow) as error:
         if meeting.is_first(str(error)):
             print(f"switchyard: {error}", file=sys.stderr)
         code = 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.recorded import read_recorded, single_steps
+from launch.recorded import read_single_steps
 from moe.config import RunConfig
 from moe.placement import rank_rows
 from moe.telemetry.history import History
@@ -83,8 +83,7 @@ def imbalance_of(word: str) -> Callable[[RunConfig], Found]:
             raise UserError(
                 f"`--imbalance` must be a number or the folder of a run, but is {word}: use 1.5"
             ) from None
-        _, history = read_recorded(Path(word))
-        return Measured(word, single_steps(history))
+        return Measured(word, read_single_steps(Path(word))[1])
     if not (number >= 1 and math.isfinite(number)):
         raise UserError(f"`--imbalance` must be at least 1, which is balanced, but is {number:g}: use 1.5")
     return lambda config: Found(reckoned=number)

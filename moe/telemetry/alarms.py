@@ -25,6 +25,7 @@ for twice the steps (samples, losses) it is measured over. So whether one is tol
 `horizon` steps and nothing earlier: `replay` of those rows brings a resumed run to where it was. Domains
 look back 70 samples. Where `telemetry.full_steps` keeps fewer rows than that, what is measured begins anew
 at the oldest row: an alarm may then come later, or one that still lasts be told again, but none is made up.
+So do the ranks' shares where a run goes on with another number of ranks.
 
 What begins in several layers at one step is one alarm, about the worst of them.
 Legend: L layers, E experts, R expert-parallel ranks.
@@ -100,9 +101,9 @@ class Watch:
         self, metrics_rows: Iterable[Mapping[str, Any]], load_rows: Iterable[Mapping[str, Any]]
     ) -> None:
         """Take in the rows of the steps before, oldest first, without telling; evaluations are left out."""
-        for row in metrics_rows:
-            if "eval_loss" not in row:
-                self._losses.step(row)
+        trained = (row for row in metrics_rows if "eval_loss" not in row)
+        for row in deque(trained, maxlen=3 * LOSSES):
+            self._losses.step(row)
         for _, rows in groupby(load_rows, key=lambda row: row["step"]):
             self._load(list(rows))
 
@@ -118,8 +119,8 @@ class _Onset:
         self._last: Array | None = None
 
     def __call__(self, step: int, beyond: Array) -> Array:
-        """Of booleans of any shape, the same at every step, those that begin."""
-        if self._last is None:
+        """Of booleans of any shape, those that begin; another shape than before begins anew."""
+        if self._last is None or self._last.shape != beyond.shape:
             self._last = np.full(beyond.shape, -(2**40))
         begin: Array = beyond & (step - self._last > self._quiet)
         self._last[beyond] = step
@@ -127,7 +128,7 @@ class _Onset:
 
 
 class _Window:
-    """The integer arrays of the last `size` steps, and their sum."""
+    """The integer arrays of the last `size` steps, and their sum; another shape than before begins anew."""
 
     def __init__(self, size: int) -> None:
         self._arrays: deque[Array] = deque(maxlen=size)
@@ -135,6 +136,9 @@ class _Window:
 
     def add(self, array: Array) -> bool:
         """Append a step's array; whether the window is full."""
+        if self._arrays and self._arrays[-1].shape != array.shape:
+            self._arrays.clear()
+            self.sum = np.zeros((), dtype=np.int64)
         oldest = self._arrays[0] if len(self._arrays) == self._arrays.maxlen else 0
         self.sum = self.sum + array - oldest
         self._arrays.append(array)

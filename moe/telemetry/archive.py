@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from moe.telemetry.frames import History, empty, join
-from moe.telemetry.rows import JsonLines, replacing
+from moe.telemetry.rows import BadRow, JsonLines, replacing
 from moe.telemetry.tables import from_lines, read_segment, write_segment
 
 EXPERT_LOAD, SEGMENTS = "expert_load.jsonl", "expert_load"
@@ -143,9 +143,13 @@ def read_segments(run: Path) -> Iterator[History]:
 
 
 def step_of(line: bytes) -> int:
-    """The step of a row of JSON, without reading the whole row if it comes first."""
+    """The step of a row of JSON, without reading the whole row if it comes first; BadRow if it has none."""
     found = _STEP.match(line)
-    return int(found[1] if found else json.loads(line)["step"])
+    try:
+        return int(found[1] if found else json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        begin = ascii(line[:40])[1:]
+        raise BadRow(f"a line of {EXPERT_LOAD} must be a JSON row, but begins {begin}: remove it") from error
 
 
 def step_blocks(file: IO[bytes], end: int | None = None) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ before, and reading starts over.
 """
 
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,7 @@ from typing import IO
 from moe.telemetry.archive import EXPERT_LOAD, before_step, last_line, read_segments, step_blocks, step_of
 from moe.telemetry.frames import Growing, History
 from moe.telemetry.load import Layer
+from moe.telemetry.rows import BadRow
 from moe.telemetry.tables import from_lines
 
 Signature = tuple[int, int, int]
@@ -23,7 +25,7 @@ Signature = tuple[int, int, int]
 def read_history(run: str | Path, most: int | None = None) -> History:
     """The expert load of a run's folder, in at most `most` frames; without rows, a history of none.
 
-    Not much more than 2 x `most` frames are in memory at any time. Raises ValueError naming the file when
+    Not much more than 2 x `most` frames are in memory at any time. Raises BadRow naming the file when
     a whole line is not a row.
     """
     follower = Follower(run, most)
@@ -95,6 +97,8 @@ class Reader:
         start = self._position - len(self._line)
         file.seek(start)
         if file.read(len(self._line)) != self._line:
+            if not file.seek(0, os.SEEK_END):  # a run that began anew has no row yet
+                return False
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 start = content.rfind(self._line)
             if start < 0:
@@ -131,7 +135,7 @@ class Reader:
             return from_lines(lines, self._layers)
         except ValueError as error:
             where = f"{self._path}, {len(lines):,} bytes from byte {self._position:,} on"
-            raise ValueError(f"{where}: a line is not a JSON row of expert load: repair it") from error
+            raise BadRow(f"{where}: a line is not a JSON row of expert load: repair it") from error
 
 
 def _signature(path: Path) -> Signature:

@@ -9,7 +9,7 @@ Legend: E experts.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,6 @@ class LoadWindow:
         steps.append(load)
         if self._size is not None and len(steps) > self._size:
             self._sums[layer] = self._sums[layer] - steps.popleft()
-
-    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Start over from rows of expert_load.jsonl, oldest first, as a resumed run does."""
-        self._steps.clear()
-        self._sums.clear()
-        for row in rows:
-            self.add(row["layer"], row["counts"])
 
     @property
     def layers(self) -> list[Layer]:

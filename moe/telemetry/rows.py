@@ -15,6 +15,10 @@ from types import TracebackType
 from typing import IO, Any
 
 
+class BadRow(ValueError):
+    """A line of a run's file is no row: one sentence, for the user to read."""
+
+
 class JsonLines:
     """Appends one JSON object per row to a file, made if needed. On resume call `trim_after` first."""
 
@@ -61,7 +65,7 @@ def finite(value: Any) -> Any:
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """Every whole row of a file, in order; none if it does not exist. A half-written last line is skipped.
 
-    Raises ValueError naming file and line when a whole line is not JSON.
+    Raises BadRow naming file and line when a whole line is not JSON.
     """
     for _, row in _lines(Path(path)):
         yield row
@@ -88,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number} is not a JSON row: repair or remove that line") from error
+                raise BadRow(f"{path}:{number} is not a JSON row: repair or remove that line") from error
             yield line, row
 
 

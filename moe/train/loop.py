@@ -28,7 +28,7 @@ from moe.train import start, state
 from moe.train.counting import Sampling
 from moe.train.environment import environment
 from moe.train.evaluate import evaluate, perplexity, rounds
-from moe.train.record import Recorder
+from moe.train.record import ROUTING, Recorder
 from moe.train.sample import sample
 from moe.train.step import StepResult, local_batch_size, make_trainer, open_loader, read_batches
 from moe.train.tuning import trained_share
@@ -39,7 +39,6 @@ from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
 from parallel.saving import Saver
 
-ROUTING = "routing"  # in the folder of a run
 DONE, ENDED_BADLY, INTERRUPTED = 0, 1, 130
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,8 @@
 
 import json
 import resource
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ from moe.train.tuning import placements
 from parallel.pipeline.timeline import Timeline
 
 METRICS, ALARMS, TIMELINE = "metrics.jsonl", "alarms.jsonl", "timeline.json"
+ROUTING = "routing"  # a folder of the run
 
 
 class Recorder:
@@ -41,10 +43,8 @@ class Recorder:
         self._loads = Archive(run, telemetry.full_steps, telemetry.thin_steps, step)
         self._window = LoadWindow(telemetry.window)
         self._watch = Watch(asdict(telemetry.alarms), telemetry.window, _ranks_of_experts(config))
-        self._window.replay(
-            row for row in read_rows(run / EXPERT_LOAD) if row["step"] > step - telemetry.window
-        )
-        self._watch.replay(read_rows(run / METRICS), read_rows(run / EXPERT_LOAD))
+        self._watch.replay(read_rows(run / METRICS), self._replayed(step))
+        self._forget_after(step)
         self._metrics, self._alarms = JsonLines(run / METRICS), JsonLines(run / ALARMS)
         self._outlets = open_outlets(
             telemetry.sinks,
@@ -54,6 +54,22 @@ class Recorder:
             port=telemetry.port,
             config=asdict(config),
         )
+
+    def _replayed(self, step: int) -> Iterator[dict[str, Any]]:
+        """The rows of expert load that are kept, which can be many: the window takes its own as they pass."""
+        for row in read_rows(self._run / EXPERT_LOAD):
+            if row["step"] > step - self._config.telemetry.window:
+                self._window.add(row["layer"], row["counts"])
+            yield row
+
+    def _forget_after(self, step: int) -> None:
+        """Remove what a killed attempt wrote of later steps beside its rows."""
+        for folder in (self._run / ROUTING).glob("step-*"):
+            if int(folder.name.removeprefix("step-")) > step:
+                shutil.rmtree(folder)
+        timeline = self._run / TIMELINE
+        if timeline.exists() and json.loads(timeline.read_text(encoding="utf-8"))["step"] > step:
+            timeline.unlink()
 
     def step(self, step: int, tokens: int, result: StepResult) -> tuple[float, list[Alarm]]:
         """Write the rows of a step (1-based); `tokens` read so far.

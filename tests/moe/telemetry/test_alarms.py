@@ -339,3 +339,14 @@ def test_an_alarm_is_a_row_and_a_line() -> None:
     watching = watch()  # no number of numpy's is left in a row
     rows = [a.row() for row in metrics for a in watching.step(row, loads[row["step"]])]
     assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(before: int, now: int) -> None:
+    def rows(step: int, ranks: int) -> list[Row]:
+        return [load_row(step, 1, rank_rows=[[100] * (ranks - 1) + [300]] * ranks)]
+
+    watching = watch(rank_share=1.4)
+    watching.replay(map(metrics_row, range(1, 21)), flat({s: rows(s, before) for s in range(1, 21)}, 1, 20))
+    found = [a for step in range(21, 41) for a in watching.step(metrics_row(step), rows(step, now))]
+    assert [(a.step, a.kind, a.layer, a.rank) for a in found] == [(20 + WINDOW, "rank_share", 1, 1)]

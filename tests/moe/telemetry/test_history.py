@@ -1,6 +1,7 @@
 """Archive and history: whatever was summed, cut, crashed or resumed, no count of a run is lost."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from moe.telemetry import archive
 from moe.telemetry.archive import EXPERT_LOAD, SEGMENTS, Archive, segments
 from moe.telemetry.frames import SCALARS
 from moe.telemetry.history import Follower, History, read_history
-from moe.telemetry.rows import JsonLines, read_rows
+from moe.telemetry.rows import BadRow, JsonLines, read_rows
 
 LAYERS, EXPERTS, RANKS = (1, 2, "mtp0"), 6, 3
 PAIRS = EXPERTS * (EXPERTS - 1) // 2
@@ -297,3 +298,24 @@ def test_a_follower_goes_back_with_a_resumed_run(back: int, epoch: int, tmp_path
     fresh = read_history(tmp_path)
     assert totals(follower.history) == totals(fresh) and follower.history.last == 35
     assert fresh.scalars["dropped"][-1].tolist() == [1000] * 3
+
+
+def test_a_follower_of_a_run_that_began_anew(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 6))
+    follower = Follower(tmp_path, 50)
+    follower.poll()
+    Archive(tmp_path, 16, 4, 0).close()  # killed before its first checkpoint
+    assert follower.poll() and len(follower.history) == 0 and follower.epoch == 1
+    write(tmp_path, range(1, 4))
+    assert follower.poll() and totals(follower.history) == expected(range(1, 4))
+
+
+@pytest.mark.parametrize("line", ["5,6]}", "[]", '"step"', "{}"])
+def test_a_line_without_a_step_is_named(line: str, tmp_path: Path) -> None:
+    write_plainly(tmp_path, range(1, 3))
+    with (tmp_path / EXPERT_LOAD).open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(BadRow, match=re.escape(line)):
+        read_history(tmp_path)
+    with pytest.raises(BadRow, match=re.escape(line)):
+        Archive(tmp_path, 16, 4, 2)

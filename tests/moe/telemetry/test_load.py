@@ -51,21 +51,13 @@ def test_the_window_sums_counts_of_the_last_steps() -> None:
     assert window.max_vio("mtp0") == 0.5
 
 
-def test_replay_rebuilds_the_window_of_an_uninterrupted_run() -> None:
-    rng = np.random.default_rng(0)
-    rows = [
-        {"step": step, "layer": layer, "counts": rng.integers(0, 50, 8).tolist()}
-        for step in range(9)
-        for layer in (1, 2, "mtp0")
-    ]
-    straight, resumed = LoadWindow(4), LoadWindow(4)
-    for row in rows:
-        straight.add(row["layer"], row["counts"])
-    resumed.add(1, [1] * 8)  # is forgotten
-    resumed.replay(rows)
-    for layer in straight.layers:
-        expected = np.sum([row["counts"] for row in rows if row["layer"] == layer][-4:], axis=0)
-        assert resumed.counts(layer).tolist() == straight.counts(layer).tolist() == expected.tolist()
+def test_a_window_holds_the_last_steps_of_each_layer() -> None:
+    counts, window = np.random.default_rng(0).integers(0, 50, (9, 3, 8)), LoadWindow(4)
+    for step in counts:
+        for layer, row in zip((1, 2, "mtp0"), step.tolist(), strict=True):
+            window.add(layer, row)
+    for number, layer in enumerate((1, 2, "mtp0")):
+        assert window.counts(layer).tolist() == counts[-4:, number].sum(0).tolist()
 
 
 def test_a_window_does_not_keep_the_callers_array() -> None:

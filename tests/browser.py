@@ -55,6 +55,7 @@ class Page:
             address, timeout=SECONDS, suppress_origin=True, http_no_proxy=["127.0.0.1"]
         )
         self._calls = 0
+        self._loaded = False
         self.errors: list[str] = []
         self.requests: list[str] = []
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -74,7 +75,9 @@ class Page:
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, told = event.get("method"), event.get("params", {})
-        if kind == "Network.requestWillBeSent":
+        if kind == "Page.loadEventFired":
+            self._loaded = True
+        elif kind == "Network.requestWillBeSent":
             self.requests.append(told["request"]["url"])
         elif kind == "Runtime.exceptionThrown":
             details = told["exceptionDetails"]
@@ -86,8 +89,12 @@ class Page:
 
     def open(self, url: str) -> None:
         """Go to a page, and wait until it has loaded."""
+        self._loaded = False
         self.call("Page.navigate", url=url)
-        self.wait_for(f"document.readyState == 'complete' && location.href != 'about:blank' && {len(url)}")
+        end = time.monotonic() + SECONDS
+        while not self._loaded:
+            assert time.monotonic() < end, f"{url} was not loaded"
+            self._take(json.loads(self._socket.recv()))
 
     def evaluate(self, expression: str) -> Any:
         """A JavaScript expression's value, promises awaited, by way of JSON."""
@@ -143,21 +150,21 @@ class Page:
             mobile=False,
         )
 
-    def screenshot(self, path: Path, selector: str = "body", margin: int = 0, scale: float = 1) -> None:
-        """Write an element as PNG; the window is as high as the page meanwhile, so that all is drawn.
-
-        `margin`: CSS px around it; `scale`: pixels of the picture to one of them.
-        """
+    def screenshot(self, path: Path, *selectors: str) -> None:
+        """Write elements (none: the page) as one PNG; meanwhile the window is so high that all is drawn."""
         size = self.call("Page.getLayoutMetrics")["cssLayoutViewport"]
         height = self.evaluate("document.documentElement.scrollHeight")
         self.resize(size["clientWidth"], height)
         self.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => done(1)), 300))")
+        wanted = ", ".join(selectors or ["body"])
         box = self.evaluate(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            f" const m = {margin}, [x, y] = [Math.max(r.x - m, 0), Math.max(r.y - m, 0)];"
-            " return {x, y, width: r.right + m - x, height: r.bottom + m - y} })()"
+            f"(() => {{ const boxes = [...document.querySelectorAll({json.dumps(wanted)})]"
+            ".map(e => e.getBoundingClientRect());"
+            " const [x, y] = [Math.min(...boxes.map(b => b.left)), Math.min(...boxes.map(b => b.top))];"
+            " return {x, y, width: Math.max(...boxes.map(b => b.right)) - x,"
+            " height: Math.max(...boxes.map(b => b.bottom)) - y} })()"
         )
-        shot = self.call("Page.captureScreenshot", clip={**box, "scale": scale})
+        shot = self.call("Page.captureScreenshot", clip={**box, "scale": 1})
         path.write_bytes(base64.b64decode(shot["data"]))
         self.resize(size["clientWidth"], size["clientHeight"])
 

@@ -1,23 +1,25 @@
 // Lines over steps: what the run measures, MaxVio of every layer, and biases.
 
-const [LEFT, RIGHT, TOP, BOTTOM] = [56, 14, 8, 22]; // px around a plot
-
-// Values beside their colours; what is shown while nothing is pointed at, too.
+// Words, each after its colour if it has one: a square, or a ring for what is drawn as circles.
 function legend(output, items) {
   output.replaceChildren(
-    ...items.map(([colour, words]) => {
+    ...items.map(([colour, words, ring]) => {
       const item = document.createElement("span");
-      if (colour) item.appendChild(document.createElement("b")).style.background = colour;
+      const swatch = ring ? { border: `2px solid ${colour}`, borderRadius: "50%" } : { background: colour };
+      if (colour) Object.assign(item.appendChild(document.createElement("b")).style, swatch);
       item.append(words);
       return item;
     }),
   );
 }
 
+// `series()`, `items(step)` as of `legend`, and `span()` of steps may depend on what is selected.
 // Series are {name, steps, values, colour, width, alpha, dots}; those without a name are not read out.
 class Chart {
-  constructor(id, { label, series, key, missing, height = 200, log = false, floor = 0, zero = false, items }) {
-    Object.assign(this, { series, height, log, floor, zero, items: items ?? ((step) => this.values(step)) });
+  constructor(id, { label, key, missing, ...options }) {
+    const items = (step) => this.values(step);
+    const span = () => this.widest();
+    Object.assign(this, { height: 200, log: false, floor: 0, zero: false, span, items }, options);
     this.figure = new Figure(id, { key, missing, paint: () => this.paint() });
     this.figure.mark = () => this.mark();
     this.plot = new Plot(this.figure.element, label);
@@ -34,8 +36,9 @@ class Chart {
     const [low, high] = this.range();
     this.x = axis(...this.span(), LEFT, right);
     this.y = axis(low, high, bottom, TOP, this.log);
-    verticalAxis(context, this.y, LEFT, right, this.log ? logTicks(low, high) : ticks(low, high, this.height / 45));
-    horizontalAxis(context, this.x, bottom, right - LEFT);
+    const marks = this.log ? logTicks(low, high) : ticks(low, high, this.height / 45);
+    verticalAxis(context, this.y, LEFT, right, marks);
+    horizontalAxis(context, this.x, bottom, right);
     for (const one of this.drawn) this.paintSeries(context, one);
     this.readOut(null);
   }
@@ -51,7 +54,7 @@ class Chart {
     return this.log ? Math.max(value, this.floor) : value;
   }
 
-  span() {
+  widest() {
     const ends = this.drawn.filter(({ steps }) => steps.length);
     const low = Math.min(...ends.map(({ steps }) => steps[0]));
     return [low, Math.max(low + 1, ...ends.map(({ steps }) => steps.at(-1)))];
@@ -71,9 +74,9 @@ class Chart {
   }
 
   values(step) {
-    return this.drawn.filter(({ name }) => name).map(({ name, steps, values, colour }) => {
+    return this.drawn.filter(({ name }) => name).map(({ name, steps, values, colour, dots }) => {
       const at = step === null ? values.length - 1 : Math.min(lowerBound(steps, step), values.length - 1);
-      return [colour, `${name} ${short(values[at])}`];
+      return [colour, `${name} ${short(values[at])}`, dots];
     });
   }
 
@@ -97,14 +100,10 @@ const measured = (run, name) => Boolean(run.metrics[name]?.some((value) => !Numb
 function metricChart(id, name, label, { points = false, ...options } = {}) {
   const series = () => {
     const runs = arrived().filter((run) => measured(run, name));
-    const colour = (run) => colourOf(run);
-    const thin = runs.map((run) => ({
-      steps: run.metrics.step, values: run.metrics[name], colour: colour(run), width: 1, alpha: 0.3,
-    }));
-    const thick = runs.map((run) => ({
-      name: runs.length > 1 ? run.name : "latest", steps: run.metrics.step, values: smooth(run.metrics[name]),
-      colour: colour(run),
-    }));
+    const of = (run, values, style) => ({ steps: run.metrics.step, values, colour: colourOf(run), ...style });
+    const thin = runs.map((run) => of(run, run.metrics[name], { width: 1, alpha: 0.3 }));
+    const title = (run) => (runs.length > 1 ? run.name : "running mean");
+    const thick = runs.map((run) => of(run, smooth(run.metrics[name]), { name: title(run) }));
     const evaluated = points ? runs.flatMap((run) => evaluations(run, runs.length > 1)) : [];
     return [...thin, ...thick, ...evaluated];
   };
@@ -135,20 +134,25 @@ function layerChart() {
       steps: run.steps, values: run.overTime("max_vio", layer), colour: depth(layer), width: 1, alpha: 0.75,
     }));
     const chosen = { ...layers[state.layer], colour: ORANGE, width: 2, alpha: 1 };
-    return [...layers, chosen, { steps: run.steps, values: run.steps.map((_, i) => mean(i)), colour: INK, width: 2 }];
+    const means = run.steps.map((_, frame) => mean(frame));
+    return [...layers, chosen, { steps: run.steps, values: means, colour: INK, width: 2 }];
   };
   const items = (step) => {
     const run = firstRun();
     const frame = run.frameAt(step);
     const of = (layer) => short(rows().row(frame)[layer]);
     const last = run.layers.length - 1;
-    const ends = [[depth(0), `layer ${run.layers[0]} ${of(0)}`], [depth(last), `layer ${run.layers[last]} ${of(last)}`]];
-    const chosen = [ORANGE, `selected layer ${run.layers[state.layer]} ${of(state.layer)}`];
-    return [...ends, chosen, [INK, `mean ${short(mean(frame))}`]];
+    return [
+      [depth(0), `layer ${run.layers[0]} ${of(0)}`],
+      [depth(last), `layer ${run.layers[last]} ${of(last)}`],
+      [ORANGE, `selected layer ${run.layers[state.layer]} ${of(state.layer)}`],
+      [INK, `mean ${short(mean(frame))}`],
+    ];
   };
   return new Chart("layers", {
-    label: "MaxVio of every layer over steps", series, items, height: 260, log: true, floor: 0.01,
-    key: layerKey, missing: () => noLoad() || (rows() ? "" : "MaxVio was not recorded."),
+    label: "MaxVio of every layer over steps", series, items, span: frameSpan, height: 260,
+    log: true, floor: 0.01, key: layerKey,
+    missing: () => noLoad() || (rows() ? "" : "MaxVio was not recorded."),
   });
 }
 
@@ -179,8 +183,8 @@ function biasChart() {
     return [[MORE, `fullest: ${say(full[0])}`], [LESS, `emptiest: ${say(empty[0])}`], ...chosen];
   };
   return new Chart("bias", {
-    label: "Bias of every expert of the selected layer over steps", series, items, height: 200,
+    label: "Bias of every expert of the selected layer over steps", series, items, span: frameSpan,
     key: () => `${layerKey()} ${shownFrame()}`,
-    missing: () => noLoad() || (firstRun().rows.has("bias") ? "" : "This run balances without a bias."),
+    missing: () => noLoad() || (firstRun().rows.has("bias") ? "" : "No bias was recorded."),
   });
 }

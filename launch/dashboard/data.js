@@ -68,10 +68,10 @@ class Run {
 
   // Takes in a whole view, or what came after a step.
   take(view) {
-    const { metrics, alarms, frames, partial, ...whole } = view;
+    const { metrics, alarms, frames, domains, partial, ...whole } = view;
     if (!partial) this.forget();
     Object.assign(this, whole);
-    if (whole.domains) this.domains.share = decode(whole.domains.share, Float32Array); // [D, L, E]
+    this.domains = domains && { ...domains, share: decode(domains.share, Float32Array) }; // [D, L, E]
     this.takeMetrics(metrics);
     this.takeAlarms(alarms);
     this.takeFrames(frames);
@@ -161,7 +161,8 @@ async function json(path) {
   return response.json();
 }
 
-// Follows the server. `changed()` after runs took something in; `said(sentence)` when the server is lost or back.
+// Follows the server. Calls `changed()` after a run took something in, and `said(sentence)` when the server
+// is lost, or with no words when it is back.
 class Live {
   constructor(runs, changed, said) {
     Object.assign(this, { runs, changed, said, asked: new Set(), asking: false });
@@ -192,7 +193,7 @@ class Live {
   }
 
   lose() {
-    for (const run of this.runs) run.epoch = undefined; // another server may count anew: ask for the whole view
+    for (const run of this.runs) run.epoch = undefined; // another server counts anew: ask for all
     this.said("No answer from the server; what was read stays here. Trying again.");
   }
 

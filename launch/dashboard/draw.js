@@ -3,6 +3,7 @@
 
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
 const LABEL = 11; // px, of axis labels
+const [LEFT, RIGHT, TOP, BOTTOM] = [56, 14, 8, 22]; // px around a plot
 
 class Figure {
   static all = [];
@@ -21,19 +22,12 @@ class Figure {
     Object.assign(this, { key, paint, missing, drawn: "", visible: false });
     this.element = document.getElementById(id);
     this.element.figure = this;
-    this.output = this.element.querySelector("output") ?? this.addOutput();
+    this.output = this.element.querySelector("output");
     this.sentence = this.element.appendChild(document.createElement("p"));
     this.sentence.className = "missing";
     Figure.watch.observe(this.element);
     Figure.sizes.observe(this.element);
     Figure.all.push(this);
-  }
-
-  addOutput() {
-    const output = document.createElement("output");
-    output.className = "readout";
-    this.element.querySelector("h2").after(output);
-    return output;
   }
 
   // Paints what changed, once per frame of the screen.
@@ -68,9 +62,8 @@ class Plot {
     this.canvas.setAttribute("aria-label", label);
     this.marker = document.createElement("i");
     this.box.append(this.canvas, this.marker);
-    const caption = parent.querySelector(":scope > figcaption");
-    if (caption) caption.before(this.box);
-    else parent.append(this.box);
+    const below = parent.querySelector(":scope > .legend, :scope > figcaption");
+    parent.insertBefore(this.box, below);
   }
 
   get width() {
@@ -183,7 +176,8 @@ function outline(context, x, y, width, height) {
   context.strokeRect(x - line / 2, y - line / 2, width + line, height + line);
 }
 
-function text(context, words, x, y, { align = "left", baseline = "middle", colour = MUTED, weight = 400 } = {}) {
+function text(context, words, x, y, style = {}) {
+  const { align = "left", baseline = "middle", colour = MUTED, weight = 400 } = style;
   context.font = `${weight} ${LABEL}px ${FONT}`;
   context.textAlign = align;
   context.textBaseline = baseline;
@@ -191,15 +185,20 @@ function text(context, words, x, y, { align = "left", baseline = "middle", colou
   context.fillText(words, x, y);
 }
 
-// Labels of a row of things, as many as fit: the first, and every so manieth after it.
+// Labels of a row of things: of all, or from the first on of every second, fourth, ..., so that they fit.
 function labelEach(count, spacing, room, draw) {
-  const every = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128].find((step) => step * spacing >= room) ?? count;
+  const rounded = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128];
+  const every = rounded.find((step) => step * spacing >= room) ?? count;
   for (let i = 0; i < count; i += every) draw(i, every);
 }
 
-function horizontalAxis(context, scale, y, width) {
-  for (const value of ticks(scale.low, scale.high, Math.max(2, width / 90))) {
-    text(context, whole(value), scale(value), y + 5, { align: "center", baseline: "top" });
+// `words` of each value below a line at y; the last one stays inside of the plot.
+function horizontalAxis(context, scale, y, right, words = whole) {
+  const end = right + RIGHT - 1;
+  for (const value of ticks(scale.low, scale.high, Math.max(2, (right - LEFT) / 90))) {
+    const half = context.measureText(words(value)).width / 2;
+    const x = Math.min(scale(value), end - half);
+    text(context, words(value), x, y + 5, { align: "center", baseline: "top" });
   }
 }
 

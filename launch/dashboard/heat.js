@@ -45,11 +45,13 @@ function labelExperts(context, run, grid, layers) {
     const blockWidth = grid.block * grid.cellWidth + grid.gap;
     labelEach(run.num_ranks, blockWidth, 50, (rank) => {
       const middle = grid.x(rank * grid.block) + (grid.block * grid.cellWidth) / 2;
-      text(context, blockWidth > 48 || !rank ? `rank ${rank}` : rank, middle, grid.top - 10, { align: "center" });
+      const words = blockWidth > 48 || !rank ? `rank ${rank}` : rank;
+      text(context, words, middle, grid.top - 10, { align: "center" });
     });
   }
-  const order = run.order(layers[0], byRank(run));
-  if (!layers.every((layer) => run.order(layer, byRank(run)).every((expert, i) => expert === order[i]))) return;
+  const orders = layers.map((layer) => run.order(layer, byRank(run)));
+  const [order] = orders;
+  if (!orders.every((other) => other.every((expert, column) => expert === order[column]))) return;
   labelEach(run.num_experts, grid.cellWidth, 26, (column) => {
     const x = grid.x(column) + grid.cellWidth / 2;
     text(context, order[column], x, grid.bottom + 5, { align: "center", baseline: "top" });
@@ -67,18 +69,20 @@ class LoadMap {
 
   makeSide(element, side) {
     const title = element.appendChild(document.createElement("h3"));
+    const output = element.appendChild(document.createElement("output"));
+    output.className = "readout";
     const plot = new Plot(element, "Load of every expert in every layer");
     const { canvas } = plot;
     canvas.tabIndex = 0;
     canvas.setAttribute("role", "application");
     canvas.addEventListener("keydown", (event) => this.pressed(event));
-    const here = { element, title, plot, grid: null };
+    const here = { element, title, output, plot, grid: null };
     const cell = (x, y) => here.grid?.at(x, y);
     plot.listen(
-      (x, y) => this.readOut(side, x === null ? null : cell(x, y)),
+      (x, y) => this.readOut(x === null ? null : this.named(side, cell(x, y))),
       (x, y) => {
-        const found = cell(x, y);
-        if (found) select({ layer: found[0], expert: this.expertAt(side, found) });
+        const found = this.named(side, cell(x, y));
+        if (found) select(found);
       },
     );
     return here;
@@ -89,9 +93,10 @@ class LoadMap {
     return `${versions(shownRuns())} ${frames} ${state.layer} ${state.order} ${reachOf()}`;
   }
 
-  expertAt(side, [layer, column]) {
+  // {layer, expert} of a cell.
+  named(side, cell) {
     const run = shownRuns()[side];
-    return run.order(layer, byRank(run))[column];
+    return cell ? { layer: cell[0], expert: run.order(cell[0], byRank(run))[cell[1]] } : null;
   }
 
   paint() {
@@ -99,7 +104,6 @@ class LoadMap {
     this.sides.forEach((side, i) => (side.element.hidden = !runs[i]));
     runs.forEach((run, i) => this.paintSide(this.sides[i], run, frameOf(run)));
     paintScale(document.getElementById("scale"), reachOf());
-    this.readOut(0, null);
   }
 
   paintSide(side, run, frame) {
@@ -158,22 +162,24 @@ class LoadMap {
     });
   }
 
-  readOut(side, cell) {
-    const run = shownRuns()[side];
-    if (!run?.steps.length) return;
-    const [layer, expert] = cell ? [cell[0], this.expertAt(side, cell)] : [state.layer, state.expert];
-    say(this.figure, describe(run, frameOf(run), Math.min(layer, run.layers.length - 1), expert));
+  // The same layer and expert of both runs: those pointed at, else those selected.
+  readOut(pointed) {
+    const { layer, expert } = pointed ?? state;
+    shownRuns().forEach((run, i) => {
+      const there = run.steps.length && layer < run.layers.length && (expert ?? 0) < run.num_experts;
+      say(this.sides[i], there ? describe(run, frameOf(run), layer, expert) : []);
+    });
   }
 
   // The selected cell, or the selected layer.
   mark() {
     this.sides.forEach(({ element, plot, grid }, side) => {
       if (element.hidden || !grid) return;
-      if (state.layer >= grid.rows) return plot.unmark();
+      if (state.layer >= grid.rows || state.expert >= grid.columns) return plot.unmark();
       const { x, y, width, height } = this.cell(side, state.layer, state.expert);
       plot.mark(x - 2, y - 2, width + 4, height + 4);
     });
-    this.readOut(0, null);
+    this.readOut(null);
   }
 
   // Where a cell is on its canvas, or with no expert a whole layer.
@@ -244,10 +250,10 @@ class History {
     this.bottom = TOP + rows * this.cellHeight;
     const context = this.plot.begin(this.bottom + BOTTOM);
     const right = this.plot.width - RIGHT;
-    this.x = axis(run.steps[0] - run.spans[0], run.steps.at(-1), LEFT, right);
+    this.x = axis(...frameSpan(), LEFT, right);
     this.paintFrames(context, run);
     this.labelRows(context, run);
-    horizontalAxis(context, this.x, this.bottom, right - LEFT);
+    horizontalAxis(context, this.x, this.bottom, right);
     this.readOut(null);
   }
 
@@ -280,10 +286,11 @@ class History {
       text(context, words(i), LEFT - 8, y(i * each + (each - 1) / 2), { align: "right" });
     });
     context.fillStyle = MUTED;
-    if (byRank(run)) {
-      for (let rank = 1; rank < count; rank++) context.fillRect(LEFT - 6, snap(TOP + rank * each * this.cellHeight), 6, 1);
+    for (let rank = 1; byRank(run) && rank < count; rank++) {
+      context.fillRect(LEFT - 6, snap(TOP + rank * each * this.cellHeight), 6, 1);
     }
-    if (state.expert !== null) text(context, "▸", LEFT - 1, y(order.indexOf(state.expert)), { align: "right", colour: INK });
+    if (state.expert === null) return;
+    text(context, "▸", LEFT - 1, y(order.indexOf(state.expert)), { align: "right", colour: INK });
   }
 
   stepAt(x) {
@@ -312,10 +319,12 @@ class History {
   }
 }
 
+const DOMAIN_REACH = 4; // specialisation is meant to be uneven: its colours reach further, and never change
+
 // Domains x experts of the selected layer.
 class DomainMap {
   constructor() {
-    const key = () => `${layerKey()} ${reachOf()}`;
+    const key = () => layerKey();
     const missing = () => noLoad() || (firstRun().domains ? "" : "Data domains were not recorded.");
     this.figure = new Figure("domains", { key, missing, paint: () => this.paint() });
     this.plot = new Plot(this.figure.element, "Load of each expert of the selected layer by data domain");
@@ -334,14 +343,16 @@ class DomainMap {
     const context = this.plot.begin(names.length * 20 + 42);
     const widest = Math.max(...names.map((name) => context.measureText(name).width));
     const left = Math.max(LEFT, Math.ceil(widest) + 12);
-    this.grid = expertGrid(this.plot, run, { rows: names.length, cellHeight: 20, left, right: RIGHT, top: 20 });
+    const rows = names.length;
+    this.grid = expertGrid(this.plot, run, { rows, cellHeight: 20, left, right: RIGHT, top: 20 });
     const order = run.order(state.layer, byRank(run));
-    const shades = loadPixels(reachOf());
+    const shades = loadPixels(DOMAIN_REACH);
     const shade = (row, expert) => {
       const value = this.value(row, expert);
       return shades[value ? Math.min(Math.max(Math.round(value * EVEN), 1), 65535) : 0];
     };
-    paintCells(context, this.grid, Uint32Array.from(names.flatMap((_, row) => order.map((e) => shade(row, e)))));
+    const pixels = names.flatMap((_, row) => order.map((expert) => shade(row, expert)));
+    paintCells(context, this.grid, Uint32Array.from(pixels));
     labelExperts(context, run, this.grid, [state.layer]);
     names.forEach((name, row) => text(context, name, left - 8, this.grid.y(row) + 10, { align: "right" }));
     for (const [domain, layer, expert, lift] of preferred) {
@@ -349,6 +360,7 @@ class DomainMap {
       const x = this.grid.x(order.indexOf(expert)) + this.grid.cellWidth / 2;
       dot(context, x, this.grid.y(names.indexOf(domain)) + 10, Math.min(2, this.grid.cellWidth / 3), INK);
     }
+    paintScale(document.getElementById("domain-scale"), DOMAIN_REACH);
     this.readOut(null);
   }
 
@@ -357,6 +369,7 @@ class DomainMap {
     if (!cell) return say(this.figure, [`layer ${run.layers[state.layer]} of ${run.name}`]);
     const expert = run.order(state.layer, byRank(run))[cell[1]];
     const value = this.value(cell[0], expert);
-    say(this.figure, [run.domains.names[cell[0]], `expert ${expert}`, value ? `${short(value)} × even` : "no token"]);
+    const share = value ? `${short(value)} × even` : "no token";
+    say(this.figure, [run.domains.names[cell[0]], `expert ${expert}`, share]);
   }
 }

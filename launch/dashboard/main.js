@@ -33,14 +33,15 @@ function showControls() {
   fillSelect("reach", [["", fitted], ...REACHES.map((reach) => [reach, `${reach} ×`])], state.reach ?? "");
   const names = arrived().map(({ index, name }) => [index, name]);
   fillSelect("first", names, state.first);
-  fillSelect("second", [["", "none"], ...names.filter(([index]) => index !== state.first)], state.second ?? "");
+  const others = names.filter(([index]) => index !== state.first);
+  fillSelect("second", [["", "none"], ...others], state.second ?? "");
   for (const label of document.querySelectorAll(".several")) label.hidden = names.length < 2;
 }
 
 // Something arrived: words are written anew, figures when they are seen.
 function changed() {
   if (!firstRun()?.version) return;
-  byId("name").ownerDocument.querySelector("main").hidden = false;
+  document.querySelector("main").hidden = false;
   refreshWords();
   select({});
 }

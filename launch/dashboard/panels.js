@@ -39,7 +39,8 @@ function showHeader() {
   const run = firstRun();
   const title = arrived().map(({ name }) => name).join(", ");
   byId("name").textContent = document.title = title;
-  byId("state").textContent = `${state.runs.length > 1 ? `${run.name}: ` : ""}${STATES[run.state] ?? run.state}, ${progress(run)}`;
+  const which = state.runs.length > 1 ? `${run.name}: ` : "";
+  byId("state").textContent = `${which}${STATES[run.state]}, ${progress(run)}`;
   byId("facts").replaceChildren(...pairs(run.facts));
 }
 
@@ -81,11 +82,18 @@ function row(cells, tag = "td") {
   return made;
 }
 
+// New content in place of the old, while whoever reads keeps their place and their focus.
+function refill(parent, nodes) {
+  const focused = [...parent.querySelectorAll("button")].indexOf(document.activeElement);
+  const top = parent.scrollTop;
+  parent.replaceChildren(...nodes);
+  parent.scrollTop = top;
+  if (focused >= 0) parent.querySelectorAll("button")[focused]?.focus({ preventScroll: true });
+}
+
 function fillTable(table, names, rows) {
-  table.tHead?.remove();
-  table.tBodies[0]?.remove();
-  table.createTHead().append(row(names, "th"));
-  table.createTBody().append(...rows);
+  refill(table.tHead ?? table.createTHead(), [row(names, "th")]);
+  refill(table.tBodies[0] ?? table.createTBody(), rows);
 }
 
 // A table cell whose button goes somewhere.
@@ -117,12 +125,12 @@ function showAlarms() {
   const alarms = runs.flatMap((run) => run.alarms.map((alarm) => ({ ...alarm, run })));
   alarms.sort((a, b) => b.step - a.step);
   section.querySelector(".missing").hidden = alarms.length > 0;
-  section.querySelector("ol").replaceChildren(...alarms.slice(0, 200).map((alarm) => {
+  refill(section.querySelector("ol"), alarms.slice(0, 200).map((alarm) => {
     const item = document.createElement("li");
     const button = element("button", "", { className: "link", onclick: () => goToAlarm(alarm) });
     const where = runs.length > 1 ? `${alarm.run.name}, step` : "step";
-    button.append(element("strong", KINDS[alarm.kind] ?? alarm.kind), element("span", `${where} ${whole(alarm.step)}`));
-    button.append(element("q", alarm.message));
+    button.append(element("strong", KINDS[alarm.kind] ?? alarm.kind));
+    button.append(element("span", `${where} ${whole(alarm.step)}`), element("q", alarm.message));
     item.append(button);
     return item;
   }));
@@ -138,8 +146,8 @@ function goToAlarm({ step, layer, expert, run }) {
 
 // Rows of view.py's `preferred` and `pairs`, those of the selected layer first.
 function selectedFirst(rows, column, count) {
-  const here = firstRun().layers[state.layer];
-  return [...rows.filter((one) => one[column] === here), ...rows.filter((one) => one[column] !== here)].slice(0, count);
+  const here = (one) => one[column] === firstRun().layers[state.layer];
+  return [...rows.filter(here), ...rows.filter((one) => !here(one))].slice(0, count);
 }
 
 const toExpert = (layer, expert) => () => select({ layer: firstRun().layers.indexOf(layer), expert });
@@ -156,8 +164,10 @@ function preferredTable() {
 function pairTable() {
   const missing = () => (firstRun().pairs?.length ? "" : "Pairs of experts were not counted.");
   return new Figure("pairs", { key: layerKey, missing, paint: ({ element: figure }) => {
-    const rows = selectedFirst(firstRun().pairs, 0, 12).map(([layer, one, other, ratio, count]) =>
-      row([layer, linkCell(one, toExpert(layer, one)), linkCell(other, toExpert(layer, other)), `${fixed(ratio, 2)} ×`, whole(count)]));
+    const rows = selectedFirst(firstRun().pairs, 0, 12).map(([layer, one, other, ratio, count]) => {
+      const experts = [one, other].map((expert) => linkCell(expert, toExpert(layer, expert)));
+      return row([layer, ...experts, `${fixed(ratio, 2)} ×`, whole(count)]);
+    });
     fillTable(figure.querySelector("table"), ["Layer", "Expert", "With", "Over chance", "Tokens"], rows);
   } });
 }

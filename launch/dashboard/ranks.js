@@ -4,8 +4,10 @@ const MATRIX_NUMBERS = 16; // ranks up to which the cells of the matrix hold num
 
 class TrafficMatrix {
   constructor() {
-    const missing = () => (firstRun().traffic?.bytes.flat().some(Boolean) ? "" : "Experts are not spread over ranks.");
-    this.figure = new Figure("traffic", { key: () => versions([firstRun()]), missing, paint: () => this.paint() });
+    const sent = () => firstRun().traffic?.bytes.flat().some(Boolean);
+    const missing = () => (sent() ? "" : "No bytes between expert ranks were recorded.");
+    const key = () => versions([firstRun()]);
+    this.figure = new Figure("traffic", { key, missing, paint: () => this.paint() });
     this.plot = new Plot(this.figure.element, "Bytes from each expert rank to each other");
     this.plot.listen((x, y) => this.readOut(x === null ? null : this.grid.at(x, y)));
   }
@@ -17,11 +19,14 @@ class TrafficMatrix {
     const cell = Math.min(44, wholePixels(this.plot.width - left - 2, count));
     const context = this.plot.begin(top + count * cell + 2);
     this.grid = new Grid({ rows: count, columns: count, left, top, cellWidth: cell, cellHeight: cell });
-    const most = Math.max(...rows.flat());
-    const shade = (value) => blend(SEQUENTIAL, value / most);
-    paintCells(context, this.grid, Uint32Array.from(rows.flat(), (value) => pixel(shade(value))));
+    const all = rows.flat();
+    const mean = all.reduce((sum, value) => sum + value, 0) / all.length;
+    this.reach = REACHES.find((reach) => reach * mean >= Math.max(...all)) ?? REACHES.at(-1);
+    const shades = loadPixels(this.reach);
+    const shade = (value) => shades[Math.min(Math.ceil((EVEN * value) / mean), 65535)];
+    paintCells(context, this.grid, Uint32Array.from(all, shade));
     this.labelRanks(context, count, cell);
-    if (count <= MATRIX_NUMBERS) this.writeNumbers(context, rows, most, cell);
+    if (count <= MATRIX_NUMBERS) this.writeNumbers(context, rows, cell, mean);
     this.readOut(null);
   }
 
@@ -33,22 +38,25 @@ class TrafficMatrix {
     });
   }
 
-  writeNumbers(context, rows, most, cell) {
+  writeNumbers(context, rows, cell, mean) {
+    const most = Math.max(...rows.flat());
     const [divisor] = byteUnit(most);
+    const digits = Math.max(0, (cell < 30 ? 1 : 2) - Math.floor(Math.log10(most / divisor)));
     rows.forEach((row, from) => row.forEach((value, to) => {
       const [x, y] = [this.grid.x(to) + cell / 2, this.grid.y(from) + cell / 2];
-      const words = (value / divisor).toPrecision(cell < 30 ? 2 : 3);
-      const colour = value > 0.6 * most ? "#fff" : INK;
-      text(context, Number(words), x, y, { align: "center", colour });
+      const colour = Math.abs(place(value / mean, this.reach) - 0.5) > 0.35 ? "#fff" : INK;
+      text(context, (value / divisor).toFixed(digits), x, y, { align: "center", colour });
     }));
   }
 
   readOut(cell) {
     const { bytes: rows } = firstRun().traffic;
     const [, unit] = byteUnit(Math.max(...rows.flat()));
-    if (!cell) return say(this.figure, [rows.length <= MATRIX_NUMBERS ? `in ${unit}` : "point at a cell for its bytes"]);
+    const about = rows.length <= MATRIX_NUMBERS ? `in ${unit}` : "point at a cell for its bytes";
+    if (!cell) return say(this.figure, [about, `colours to ${this.reach} × the mean`]);
     const [from, to] = cell;
-    say(this.figure, [from === to ? `kept on rank ${from}` : `rank ${from} to rank ${to}`, bytes(rows[from][to])]);
+    const way = from === to ? `kept on rank ${from}` : `rank ${from} to rank ${to}`;
+    say(this.figure, [way, bytes(rows[from][to])]);
   }
 }
 
@@ -80,8 +88,8 @@ function timedFrame(run, frame) {
 
 class RankLoads {
   constructor() {
-    const missing = () =>
-      noLoad() || (firstRun().rows.has("received") && firstRun().num_ranks > 1 ? "" : "One rank holds all experts.");
+    const spread = () => firstRun().rows.has("received") && firstRun().num_ranks > 1;
+    const missing = () => noLoad() || (spread() ? "" : "One rank holds all experts.");
     const key = () => `${versions([firstRun()])} ${shownFrame()}`;
     this.figure = new Figure("ranks", { key, missing, paint: () => this.paint() });
     this.plot = new Plot(this.figure.element, "Rows received and expert time of each rank over the mean");
@@ -96,9 +104,10 @@ class RankLoads {
     const relative = seconds?.map((value) => value / mean);
     this.paintBars(received ?? [], relative ?? []);
     const fullest = received ? Math.max(...received) : NaN;
+    const waits = () => `time: the mean rank waits ${percent(straggling(run, timed))} for the slowest`;
     legend(this.figure.output, [
       [BLUE, `rows: fullest rank ${received?.indexOf(fullest)}, ${fixed(fullest, 2)} × mean`],
-      ...(seconds ? [[ORANGE, `time: the mean rank waits ${percent(straggling(run, timed))} for the slowest`]] : []),
+      ...(seconds ? [[ORANGE, waits(), true]] : []),
     ]);
     paintLinks(run.traffic);
   }
@@ -119,9 +128,12 @@ class RankLoads {
     });
     context.fillStyle = INK;
     context.fillRect(LEFT, snap(y(1)), right - LEFT, 1);
-    relative.forEach((value, rank) => dot(context, LEFT + (rank + 0.5) * slot, y(value), Math.min(4, slot / 3), ORANGE, true));
+    const middle = (rank) => LEFT + (rank + 0.5) * slot;
+    const radius = Math.min(4, slot / 3);
+    relative.forEach((value, rank) => dot(context, middle(rank), y(value), radius, ORANGE, true));
     labelEach(count, slot, 26, (rank) => {
-      text(context, slot > 60 ? `rank ${rank}` : rank, LEFT + (rank + 0.5) * slot, bottom + 5, { align: "center", baseline: "top" });
+      const words = slot > 60 ? `rank ${rank}` : rank;
+      text(context, words, middle(rank), bottom + 5, { align: "center", baseline: "top" });
     });
   }
 }
@@ -129,17 +141,20 @@ class RankLoads {
 // Where the rows' bytes went, as one bar.
 function paintLinks(traffic) {
   const parts = [
-    ["kept on their rank", traffic?.kept, "#bcc4cd"],
-    ["within a node", traffic?.nvlink, BLUE],
-    ["over the network", traffic?.network, ORANGE],
+    ["kept on their rank", traffic?.kept ?? 0, "#bcc4cd"],
+    ["within a node", traffic?.nvlink ?? 0, BLUE],
+    ["over the network", traffic?.network ?? 0, ORANGE],
   ];
-  const total = parts.reduce((sum, [, count]) => sum + (count || 0), 0);
+  const total = parts.reduce((sum, [, count]) => sum + count, 0);
   const bar = document.createElement("div");
   bar.className = "bar";
   const words = document.createElement("p");
-  legend(words, parts.map(([name, count, colour]) => [colour, `${bytes(count || 0)} ${name} (${percent((count || 0) / total)})`]));
+  const told = (name, count) => `${bytes(count)} ${name} (${percent(count / total)})`;
+  legend(words, parts.map(([name, count, colour]) => [colour, told(name, count)]));
   for (const [, count, colour] of parts) {
-    if (count) Object.assign(bar.appendChild(document.createElement("i")).style, { flexGrow: count / total, background: colour });
+    const part = bar.appendChild(document.createElement("i"));
+    part.hidden = !count;
+    Object.assign(part.style, { flexGrow: count / total, background: colour });
   }
   document.getElementById("links").replaceChildren(...(total ? [bar, words] : []));
 }
@@ -149,8 +164,10 @@ class Timeline {
   static colours = { F: BLUE, B: ORANGE, W: GREEN };
 
   constructor() {
-    const missing = () => (firstRun().timeline?.spans.length ? "" : "No step of a pipeline has been timed yet.");
-    this.figure = new Figure("timeline", { key: () => versions([firstRun()]), missing, paint: () => this.paint() });
+    const timed = () => firstRun().timeline?.spans.length;
+    const missing = () => (timed() ? "" : "No step of a pipeline has been timed yet.");
+    const key = () => versions([firstRun()]);
+    this.figure = new Figure("timeline", { key, missing, paint: () => this.paint() });
     this.plot = new Plot(this.figure.element, "What each pipeline rank did when");
     this.plot.listen((x, y) => this.readOut(x, y));
   }
@@ -163,10 +180,8 @@ class Timeline {
     const right = this.plot.width - RIGHT;
     const end = Math.max(...spans.map(([, , , until]) => until));
     this.x = axis(0, end, LEFT, right);
-    for (const value of ticks(0, end, 8)) {
-      const words = end < 1 ? `${short(1000 * value)} ms` : `${short(value)} s`;
-      text(context, words, this.x(value), bottom + 5, { align: value ? "center" : "left", baseline: "top" });
-    }
+    const words = (value) => (end < 1 ? `${short(1000 * value)} ms` : `${short(value)} s`);
+    horizontalAxis(context, this.x, bottom, right, words);
     for (let rank = 0; rank < ranks; rank++) {
       text(context, `rank ${rank}`, LEFT - 8, TOP + (rank + 0.5) * this.rowHeight, { align: "right" });
     }
@@ -196,9 +211,11 @@ class Timeline {
     const span = spans.find(([where, , begin, end]) => where === rank && begin <= at && at < end);
     const busy = spans.reduce((sum, [, , begin, end]) => sum + end - begin, 0);
     const end = Math.max(...spans.map(([, , , until]) => until));
+    const waiting = percent(1 - busy / (end * ranks));
     const about = span
       ? `rank ${rank}: ${span[1]} from ${short(1000 * span[2])} to ${short(1000 * span[3])} ms`
-      : `step ${whole(step)}, ${schedule}, ${microbatches} microbatches, waiting ${percent(1 - busy / (end * ranks))}`;
-    legend(this.figure.output, [[BLUE, "forward"], [ORANGE, "backward"], [GREEN, "weight gradients"], [null, about]]);
+      : `step ${whole(step)}, ${schedule}, ${microbatches} microbatches, waiting ${waiting}`;
+    const colours = [[BLUE, "forward"], [ORANGE, "backward"], [GREEN, "weight gradients"]];
+    legend(this.figure.output, [...colours, [null, about]]);
   }
 }

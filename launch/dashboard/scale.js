@@ -7,10 +7,12 @@ const BLUE = "#0072b2";
 const ORANGE = "#d55e00";
 const GREEN = "#009e73";
 const RUN_COLOURS = [BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000"]; // Okabe and Ito
-// ColorBrewer's RdBu without its darkest ends, which would pass for the black of a dead expert.
-const DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"];
-const SEQUENTIAL = ["#ffffff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c"];
-const DEPTH = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39"]; // viridis, to where white paper hides it
+// ColorBrewer's RdBu without its darkest ends: for a reader without red cones they look like a dead expert.
+const DIVERGING = [
+  "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#c63d3d",
+];
+// Viridis, up to where it is too pale for white paper.
+const DEPTH = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39"];
 const [LESS, MORE] = [DIVERGING[0], DIVERGING.at(-1)];
 const REACHES = [1.25, 1.5, 2, 4, 8, 16];
 
@@ -25,7 +27,8 @@ function blend(stops, at) {
 }
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
-const pixel = ([red, green, blue]) => (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0; // as ImageData lies in memory
+// As ImageData lies in memory: red, green, blue, opacity.
+const pixel = ([red, green, blue]) => (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0;
 
 // Where a load (1 is even) stands on the colours, 0..1: twice and half are equally far from the middle.
 const place = (load, reach) => 0.5 + Math.log2(load) / Math.log2(reach) / 2;
@@ -37,7 +40,8 @@ const loadPixels = (() => {
     if (!made.has(reach)) {
       const ramp = Array.from({ length: 256 }, (_, i) => pixel(blend(DIVERGING, i / 255)));
       const shade = (load) => ramp[Math.round(255 * Math.min(Math.max(place(load, reach), 0), 1))];
-      made.set(reach, Uint32Array.from({ length: 65536 }, (_, load) => (load ? shade(load / EVEN) : 0xff000000)));
+      const of = (load) => (load ? shade(load / EVEN) : 0xff000000);
+      made.set(reach, Uint32Array.from({ length: 65536 }, (_, load) => of(load)));
     }
     return made.get(reach);
   };
@@ -51,7 +55,9 @@ function fittingReach(runs) {
     if (!rows) continue;
     const [from, to] = [(rows.length >> 1) * rows.width, rows.length * rows.width];
     const stride = Math.max(1, Math.floor((to - from) / 20000)) | 1; // odd: no column is met each time
-    for (let i = from; i < to; i += stride) if (rows.data[i]) far.push(Math.abs(Math.log2(rows.data[i] / EVEN)));
+    for (let i = from; i < to; i += stride) {
+      if (rows.data[i]) far.push(Math.abs(Math.log2(rows.data[i] / EVEN)));
+    }
   }
   far.sort((a, b) => a - b);
   const wanted = far[Math.floor(0.98 * (far.length - 1))] ?? 0;
@@ -60,7 +66,7 @@ function fittingReach(runs) {
 
 const NONE = "–";
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 
 const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
 const whole = (value) => (known(value) ? grouped.format(value) : NONE);
@@ -72,7 +78,7 @@ const signed = (value, digits) => (value < 0 ? "\u2212" : "+") + Math.abs(value)
 function short(value) {
   if (!known(value)) return NONE;
   const size = Math.abs(value);
-  if (size >= 10000) return compact.format(value);
+  if (size >= 10000) return compact.format(value).replace("K", "k");
   if (size >= 100 || Number.isInteger(value)) return whole(value);
   if (size >= 0.001) return String(Number(value.toPrecision(3)));
   return value.toExponential(1);

@@ -31,7 +31,14 @@ const colourOf = (run) => RUN_COLOURS[run.index % RUN_COLOURS.length];
 const shownFrame = () => firstRun().frameAt(state.step);
 const frameOf = (run) => (run === firstRun() ? shownFrame() : run.frameAt(firstRun().steps[shownFrame()]));
 
-const goToStep = (step) => select({ step: step > (firstRun().steps.at(-2) ?? -1) ? null : Math.max(step, 0) });
+// Past the last frame but one, the newest is meant.
+function goToStep(step) {
+  const newest = step > (firstRun().steps.at(-2) ?? -1);
+  select({ step: newest ? null : Math.max(step, 0) });
+}
+
+// The steps that the first run's frames hold, from before the first to the last.
+const frameSpan = () => [firstRun().steps[0] - firstRun().spans[0], firstRun().steps.at(-1)];
 
 // Whether the experts' columns follow the ranks that hold them.
 const byRank = (run) => state.order === "rank" && run.num_ranks > 1;

@@ -1,182 +1,291 @@
-"""The page in a real Chromium: live while a run writes, compared, by keyboard, and exported, offline."""
+"""The dashboard's page in a real browser: live while a run is written, compared, exported, by keyboard."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from launch.dashboard.command import main
+from launch.dashboard.export import write_export
 from launch.dashboard.server import Server
 from launch.dashboard.view import RunView
+from moe.telemetry.rows import JsonLines, read_rows
 from tests.browser import CHROMIUM, Browser, Page, chromium
 from tests.made_run import MadeRun, make_run
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-HIGH = 6000  # of a window, in pixels, in which all of the page is seen: figures draw when they are
-READY = "window.dashboard && dashboard.runs.length == {} && dashboard.state.frames > 0"
-# How many colours the map of expert load has, and what they add up to: another picture, another sum.
-PICTURE = """(() => {
-  const canvas = document.querySelector("#load canvas");
-  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-  let sum = 0;
-  const colours = new Set();
-  for (let i = 0; i < data.length; i += 4) {
-    const colour = data[i] * 65536 + data[i + 1] * 256 + data[i + 2];
-    sum = (sum * 31 + colour) % 4294967291;
-    colours.add(colour);
-  }
-  return [colours.size, sum];
-})()"""
+LOAD, HISTORY = "#load .pair > div:nth-child(1) canvas", "#history canvas"
+BESIDE = "#load .pair > div:nth-child(2) canvas"
+COLD = 0.97  # of the mean: below it a cell is blue, above its inverse red
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
+    with chromium() as running:
+        yield running
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[MadeRun, MadeRun]:
-    """V2-Lite's shape, with the bias and without it."""
-    folder = tmp_path_factory.mktemp("runs")
-    shape: dict[str, Any] = dict(layers=26, experts=64, ranks=8, top_k=6, mtp=True)
-    with_bias = make_run(folder / "bias", steps=24, **shape)
-    with_bias.alarm("layer 7: expert 12 had no token: try a bias.", "dead_expert", layer=7, expert=12, rank=1)
-    return with_bias, make_run(folder / "none", steps=24, bias=False, **shape)
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab in which nothing may fail."""
+    with browser.page() as tab:
+        yield tab
+        tab.evaluate("1")  # takes in what was said last
+        assert tab.errors == []
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> MadeRun:
+    return make_run(tmp_path / "even", layers=4, experts=16, steps=8, mtp=True)
 
 
 @contextmanager
-def served(*folders: Path) -> Iterator[str]:
-    """The address of a running dashboard."""
-    server = Server([RunView(folder, folder.name) for folder in folders], "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serving(*runs: MadeRun, port: int = 0) -> Iterator[Server]:
+    with Server([RunView(run.folder, run.folder.name) for run in runs], "127.0.0.1", port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def show(page: Page, url: str, num_runs: int) -> None:
-    """Open a page and wait until its figures are drawn."""
-    page.resize(1280, HIGH)
+def opened(page: Page, url: str, runs: int = 1) -> None:
     page.open(url)
-    page.wait_for(READY.format(num_runs))
-    page.wait_for(
-        "dashboard.cell(0, 0, 0).width > 0 && document.querySelector('#timeline canvas').height > 20"
+    page.wait_for(f"dashboard.runs.length == {runs}")
+    show(page, LOAD)
+
+
+def show(page: Page, selector: str) -> None:
+    """Scroll there, and wait until it is painted: figures that nobody sees are not."""
+    canvas = f"document.querySelector({selector!r})"
+    page.evaluate(f"{canvas}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    page.wait_for(f"{canvas}.closest('figure').figure.drawn")
+
+
+def frames(page: Page) -> int:
+    return int(page.evaluate("dashboard.state.frames"))
+
+
+def state(page: Page, name: str) -> Any:
+    return page.evaluate(f"dashboard.state.{name}")
+
+
+def painted(page: Page, selector: str, what: str) -> str:
+    """Of an element, once everything that waits has been painted."""
+    wait = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    return str(page.evaluate(f"{wait}.then(() => document.querySelector({selector!r}).{what})"))
+
+
+def words(page: Page, selector: str) -> str:
+    return painted(page, selector, "textContent")
+
+
+def picture(page: Page, selector: str) -> str:
+    return painted(page, selector, "toDataURL()")
+
+
+def choose(page: Page, selector: str, value: str) -> None:
+    page.evaluate(
+        f"(() => {{ const list = document.querySelector({selector!r}); list.value = {value!r};"
+        " list.dispatchEvent(new Event('change')) })()"
     )
 
 
-@contextmanager
-def opened(browser: Browser, *folders: Path) -> Iterator[Page]:
-    """A page on these runs, on which nothing may fail."""
-    with served(*folders) as url, browser.page() as page:
-        show(page, url, len(folders))
-        yield page
-        assert page.errors == []
-        assert all(request.startswith((url, "data:")) for request in page.requests), page.requests
+def cells(page: Page, layer: int, experts: int) -> Any:
+    """[x, width, red, green, blue] of each expert's cell of a layer, in pixels of the canvas."""
+    return page.evaluate(
+        f"(() => {{ const context = document.querySelector({LOAD!r}).getContext('2d');"
+        f" return Array.from({{length: {experts}}}, (_, expert) => {{"
+        f" const {{ x, y, width, height }} = dashboard.cell(0, {layer}, expert);"
+        " const at = context.getImageData(x + width / 2, y + height / 2, 1, 1).data;"
+        " return [x, width, at[0], at[1], at[2]] }) })()"
+    )
 
 
-def test_the_heatmap_grows_while_a_run_writes(browser: Browser, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "live", steps=3)
-    with opened(browser, run.folder) as page:
-        assert page.evaluate("dashboard.state.frames") == 3
-        before = page.evaluate(PICTURE)
-        for step in range(4, 9):
-            run.advance(1)
-            page.wait_for(f"dashboard.state.frames == {step}", seconds=3)
-        page.wait_for(f"JSON.stringify({PICTURE}) != '{before}'.replaceAll(' ', '')")
-        assert page.evaluate("document.querySelector('#position').textContent") == "8 of 8"
-        assert page.evaluate("dashboard.runs[0].state") == "running"
-        run.alarm("layer 2: it is uneven.", layer=2)
+def test_the_heatmap_grows_while_the_run_is_written(page: Page, run: MadeRun) -> None:
+    with serving(run) as server:
+        opened(page, server.url)
+        assert (frames(page), words(page, "#position")) == (8, "8 of 8")
+        first = picture(page, LOAD)
+        show(page, HISTORY)
+        past = picture(page, HISTORY)
+        run.advance(3)
+        page.wait_for("dashboard.state.frames == 11", seconds=5)
+        assert words(page, "#position") == "11 of 11" and "step 11" in words(page, "#state")
+        assert picture(page, HISTORY) != past
+        show(page, LOAD)
+        assert picture(page, LOAD) != first
+
+
+def test_a_resumed_run_and_what_comes_twice(page: Page, run: MadeRun) -> None:
+    run.alarm()
+    run.advance(1)
+    with serving(run) as server:
+        opened(page, server.url)
+        taken = page.evaluate(
+            "(async () => { const view = await json('view/0'); const run = new Run(0);"
+            " run.take(view); run.take({ ...view, partial: true });"
+            " return [run.steps, run.rows.get('load'), run.metrics.step, run.metrics.loss, run.alarms]"
+            ".map(rows => rows.length) })()"
+        )
+        assert taken == [9, 9, 9, 9, 1]
+        run.rewind(5)
+        page.wait_for("dashboard.state.frames == 5")
+        assert words(page, "#position") == "5 of 5" and words(page, "#alarms ol") == ""
+
+
+def test_the_slider_sticks_to_the_newest_unless_it_was_moved(page: Page, run: MadeRun) -> None:
+    with serving(run) as server:
+        opened(page, server.url)
+        newest = picture(page, LOAD)
+        page.evaluate("document.getElementById('step').focus()")
+        page.press("ArrowLeft", 3)
+        assert (state(page, "step"), words(page, "#position")) == (5, "5 of 8")
+        assert picture(page, LOAD) != newest
         run.advance(1)
-        page.wait_for("document.querySelector('#alarms li')?.textContent.includes('it is uneven')", seconds=3)
-        run.rewind(5)  # as a resume from a checkpoint does
-        run.advance(1)
-        page.wait_for("dashboard.state.frames == 6", seconds=3)
-        assert page.evaluate("document.querySelector('#alarms li')") is None
-
-
-def test_slider_layers_and_keyboard(browser: Browser, runs: tuple[MadeRun, MadeRun]) -> None:
-    with opened(browser, runs[0].folder) as page:
-        newest = page.evaluate(PICTURE)
-        page.evaluate("document.querySelector('#step').focus()")
-        page.press("Home")
-        page.wait_for("dashboard.state.frame == 0 && dashboard.state.step == 1")
-        page.wait_for(f"{PICTURE}[1] != {newest[1]}")
-        page.press("ArrowRight", times=3)
-        page.wait_for("dashboard.state.step == 4")
+        page.wait_for("dashboard.state.frames == 9")
+        assert words(page, "#position") == "5 of 9"
         page.press("End")
-        page.wait_for("dashboard.state.step === null && dashboard.state.frame == 23")
-        cell = page.evaluate("dashboard.cell(0, 5, 17)")
-        page.click("#load canvas", cell["x"] + cell["width"] / 2, cell["y"] + cell["height"] / 2)
-        page.wait_for("dashboard.state.layer == 5 && dashboard.state.expert == 17")
-        said = page.evaluate("document.querySelector('#load output').textContent")
-        assert "layer 6, expert 17 on rank 2" in said and "of assignments" in said and "bias" in said
+        assert state(page, "step") is None
+        run.advance(1)
+        page.wait_for("dashboard.state.frames == 10")
+        assert words(page, "#position") == "10 of 10"
+        page.click("#play")
+        page.wait_for("dashboard.state.playing && dashboard.state.frame < 5")
+        page.wait_for("!dashboard.state.playing && dashboard.state.step === null")
+
+
+def test_a_layer_is_chosen_by_click_by_keys_and_by_name(page: Page, run: MadeRun) -> None:
+    with serving(run) as server:
+        opened(page, server.url)
+        show(page, HISTORY)
+        before = picture(page, HISTORY)
+        cell = page.evaluate("dashboard.cell(0, 1, 5)")
+        page.click(LOAD, cell["x"] + cell["width"] / 2, cell["y"] + cell["height"] / 2)
+        assert (state(page, "layer"), state(page, "expert")) == (1, 5)
+        assert "layer 2, expert 5 on rank 1" in words(page, "#load .readout")
         page.press("ArrowDown")
-        page.press("ArrowLeft", times=2)
-        page.wait_for("dashboard.state.layer == 6 && dashboard.state.expert == 15")
-        page.evaluate(
-            "(s => { s.value = 26; s.dispatchEvent(new Event('change')) })(document.querySelector('#layer'))"
-        )
-        page.wait_for("document.querySelector('#history output').textContent.includes('layer mtp0')")
-        page.click("#alarms li button, #alarms li a, #alarms li")
-        page.wait_for("dashboard.state.layer == 6")
+        page.press("ArrowRight", 2)
+        assert (state(page, "layer"), state(page, "expert")) == (2, 7)
+        page.press("Escape")
+        page.press("Home")
+        page.press("ArrowUp")  # there is none above
+        assert (state(page, "layer"), state(page, "expert")) == (0, None)
+        choose(page, "#layer", "4")
+        assert state(page, "layer") == 4 and "layer mtp0" in words(page, "#load .readout")
+        show(page, HISTORY)
+        assert picture(page, HISTORY) != before and "layer mtp0" in words(page, "#history output")
 
 
-def test_two_runs_side_by_side(browser: Browser, runs: tuple[MadeRun, MadeRun]) -> None:
-    with opened(browser, *(run.folder for run in runs)) as page:
-        assert page.evaluate("document.querySelector('#comparison').hidden") is False
-        page.evaluate(
-            "(s => { s.value = 1; s.dispatchEvent(new Event('change')) })(document.querySelector('#second'))"
-        )
-        page.wait_for("dashboard.state.second == 1")
-        titles = (
-            "[...document.querySelectorAll('#load h3')].filter(e => e.offsetParent).map(e => e.textContent)"
-        )
-        page.wait_for(f"{titles}.every(Boolean)")
-        first, second = page.evaluate(titles)
-        assert "bias, step" in first and "none, step" in second
-        assert page.evaluate("dashboard.cell(1, 0, 63).width") >= 4
+def test_an_alarm_leads_to_its_step_and_layer(page: Page, run: MadeRun) -> None:
+    run.alarm("Expert 3 <b>starves</b>: raise balance.bias_rate.", "dead_expert", layer=2, expert=3)
+    run.advance(2)
+    with serving(run) as server:
+        opened(page, server.url)
+        assert "Dead expertstep 8Expert 3 <b>starves</b>" in words(page, "#alarms ol")
+        page.click("#alarms button")
+        assert [state(page, name) for name in ("step", "layer", "expert")] == [8, 1, 3]
+
+
+def test_two_runs_are_drawn_over_and_beside_each_other(page: Page, run: MadeRun, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "skewed", layers=4, experts=16, steps=20, bias=False, mtp=True)
+    with serving(run, other) as server:
+        opened(page, server.url, runs=2)
+        assert page.evaluate("document.querySelectorAll('#comparison tbody tr').length") == 2
+        assert page.evaluate(f"document.querySelector({BESIDE!r}).checkVisibility()") is False
+        choose(page, "#second", "1")
+        show(page, BESIDE)
+        assert picture(page, BESIDE) != picture(page, LOAD)
+        titles = [words(page, f"#load .pair > div:nth-child({side}) h3") for side in (1, 2)]
+        assert titles == ["even, step 8", "skewed, step 8"]  # the second has more, but is asked for the same
+        show(page, "#loss canvas")
+        assert all(f"{name} " in words(page, "#loss output") for name in ("even", "skewed"))
+        page.click("#comparison tbody tr:nth-child(2) button")
+        assert (state(page, "first"), state(page, "second")) == (1, 0)
+        choose(page, "#second", "")
+        assert words(page, "#position") == "20 of 20"
+
+
+def test_the_exported_file_shows_the_same_without_a_network(page: Page, run: MadeRun, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "skewed", layers=4, experts=16, steps=8, bias=False, mtp=True)
+    with serving(run, other) as server:
+        opened(page, server.url, runs=2)
+        figures = [LOAD, HISTORY, "#loss canvas", "#layers canvas", "#traffic canvas", "#domains canvas"]
+        live = {figure: (show(page, figure), picture(page, figure))[1] for figure in figures}
+        tables = [words(page, table) for table in ("#comparison table", "#preferred table", "#pairs table")]
+    exported = tmp_path / "both.html"
+    write_export(exported, [RunView(one.folder, one.folder.name).view() for one in (run, other)])
+    page.offline()
+    page.errors.clear()  # of the server that ended
+    page.requests.clear()
+    opened(page, exported.as_uri(), runs=2)
+    for figure in figures:
+        show(page, figure)
+        assert picture(page, figure) == live[figure], figure
+    assert [
+        words(page, table) for table in ("#comparison table", "#preferred table", "#pairs table")
+    ] == tables
+    assert {url.split(":")[0] for url in page.requests} <= {"file", "data", "blob"}
 
 
 @pytest.mark.parametrize(("layers", "experts", "ranks"), [(27, 64, 8), (61, 256, 16)])
-def test_every_expert_has_pixels_of_its_own(
-    browser: Browser, tmp_path: Path, layers: int, experts: int, ranks: int
+def test_every_expert_has_a_column_of_its_own(
+    page: Page, tmp_path: Path, layers: int, experts: int, ranks: int
 ) -> None:
-    run = make_run(tmp_path / "r", layers=layers, experts=experts, ranks=ranks, top_k=8, steps=2, pairs=False)
-    with opened(browser, run.folder) as page:
-        cells = page.evaluate(
-            f"Array.from({{length: {experts}}}, (_, e) => dashboard.cell(0, {layers - 1}, e))"
-        )
-        columns = sorted((cell["x"], cell["x"] + cell["width"]) for cell in cells)
-        assert all(end <= begin for (_, end), (begin, _) in pairwise(columns))
-        assert all(cell["width"] >= 3 and cell["height"] >= 8 for cell in cells)
-        assert page.evaluate(PICTURE)[0] > 50
+    made = make_run(
+        tmp_path / "large", layers=layers, experts=experts, ranks=ranks, steps=2, pairs=False, tokens=512
+    )
+    rows = [row for row in read_rows(made.folder / "expert_load.jsonl") if row["step"] == 2]
+    with serving(made) as server:
+        opened(page, server.url)
+        for layer in (0, layers - 1):
+            counts = np.array(rows[layer]["counts"])
+            load = counts / counts.mean()
+            x, width, red, green, blue = np.array(cells(page, layer, experts)).T
+            assert width.min() >= 1 and (np.diff(x) >= width[:-1]).all()
+            assert (red[load > 1 / COLD] > blue[load > 1 / COLD]).all()
+            cold = (load < COLD) & (load > 0)
+            assert (red[cold] < blue[cold]).all() and cold.any()
+            assert ((red + green + blue == 0) == (load == 0)).all()
+        page.resize(700, 900)
+        page.wait_for("document.documentElement.scrollWidth <= 700")
 
 
-def test_the_export_opens_with_no_network(
-    browser: Browser, runs: tuple[MadeRun, MadeRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "both.html"
-    assert main([*(str(run.folder) for run in runs), "--export", str(out)]) == 0
-    with served(*(run.folder for run in runs)) as url, browser.page() as page:
-        show(page, url, 2)
-        live = page.evaluate(PICTURE)
+def test_what_was_not_recorded_is_said(page: Page, run: MadeRun, tmp_path: Path) -> None:
+    load = run.folder / "expert_load.jsonl"
+    rows = [{key: row[key] for key in ("step", "layer", "counts")} for row in read_rows(load)]
+    load.unlink()
+    with JsonLines(load) as file:
+        for row in rows:
+            file.write(row)
+    dense = make_run(tmp_path / "dense", layers=1, steps=3)
+    (dense.folder / "expert_load.jsonl").unlink()
+    (dense.folder / "timeline.json").unlink()
+    sentences = {"bias": "No bias", "traffic": "No bytes", "domains": "not recorded", "pairs": "not counted"}
+    with serving(run, dense) as server:
+        opened(page, server.url, runs=2)
+        for figure, sentence in sentences.items():
+            page.evaluate(f"document.getElementById('{figure}').scrollIntoView({{behavior: 'instant'}})")
+            page.wait_for(f"document.querySelector('#{figure} .missing').textContent.includes('{sentence}')")
+        choose(page, "#first", "1")
+        page.evaluate("document.getElementById('load').scrollIntoView({behavior: 'instant'})")
+        page.wait_for("document.querySelector('#load .missing').textContent.includes('No step with experts')")
+
+
+def test_a_server_that_comes_back_is_followed_again(browser: Browser, run: MadeRun) -> None:
     with browser.page() as page:
-        page.offline()
-        show(page, out.as_uri(), 2)
-        page.wait_for(f"{PICTURE}[1] == {live[1]}")  # the same figure, pixel by pixel
-        drawn = page.evaluate(
-            "[...document.querySelectorAll('figure')].filter(f => f.querySelector('canvas')).length"
-        )
-        assert drawn >= 10
-        assert page.errors == []
-        assert {request.partition(":")[0] for request in page.requests} <= {"file", "data", "blob"}
+        with serving(run) as server:
+            opened(page, server.url)
+            port = server.port
+        page.wait_for("document.getElementById('link').textContent.includes('No answer')")
+        assert frames(page) == 8
+        run.advance(1)
+        with serving(run, port=port):
+            page.wait_for("dashboard.state.frames == 9")
+            assert words(page, "#link") == ""

@@ -64,8 +64,10 @@ def _agent(
         *("--local-addr", nodes[index].address),
         *("--role", f"node {index}", "--tee", "2", "--log-dir", str(logs)),
     ]
-    # An agent ends its ranks when it is terminated, and it shall be when this process dies.
-    return nodes[index].command(["setpriv", "--pdeathsig", "TERM", *torchrun, *command])
+    # An agent ends its ranks when it is terminated, and it shall be when this process dies. One that dies
+    # while it starts them has not noted them yet: they end with it of themselves.
+    ranks = ["setpriv", "--pdeathsig", "KILL", *command]
+    return nodes[index].command(["setpriv", "--pdeathsig", "TERM", *torchrun, *ranks])
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:

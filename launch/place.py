@@ -26,6 +26,7 @@ from parallel.layout import alternatives
 from parallel.pipeline.schedules import FORMS
 
 STEPS = 200
+WORTH = 0.005  # share of the busiest ranks' rows from which on a move is recommended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     replace_file(options.out, json.dumps(result).encode())
     print(_describe(before, after, fitted, later, ep))
-    print("\n".join(_sentences(options, predicted, later)), flush=True)
+    print("\n".join(_sentences(options, config, predicted, later, ep)), flush=True)
     return 0
 
 
@@ -234,11 +235,13 @@ def _rank_of(order: Order, ep: int) -> dict[int, int]:
     return {expert: seat * ep // len(order) for seat, expert in enumerate(order)}
 
 
-def _sentences(options: argparse.Namespace, predicted: Mapping[str, Any], later: Worth) -> list[str]:
+def _sentences(
+    options: argparse.Namespace, config: RunConfig, predicted: Mapping[str, Any], later: Worth, ep: int
+) -> list[str]:
     won, network = predicted["step_time"], predicted["network"]
     lines = [f"predicted: the busiest ranks get {later.decrease:.1%} fewer rows"]
     if won is None:
-        lines[0] += "; what of a step's time that is was not measured (`telemetry.times_every`, same `--ep`)"
+        lines[0] += "; what a step gains is not known, as no times were recorded for this `--ep`"
     else:
         lines[0] += f", and a step takes {won:.1%} less time"
     if network is not None:
@@ -246,7 +249,11 @@ def _sentences(options: argparse.Namespace, predicted: Mapping[str, Any], later:
             f"network: {network['rows']:,.0f} rows a step wherever experts live; to the busiest node "
             f"{network['busiest_node_before']:,.0f}, then {network['busiest_node_after']:,.0f}"
         )
+    if later.decrease < WORTH:
+        return [*lines, "not worth a move: the ranks are as evenly loaded as they are now"]
+    other = f" layout.ep={ep}" if ep != config.layout.ep else ""
     return [
         *lines,
-        f"`switchyard train run={options.run.name} layout.placement={options.out}` moves the experts",
+        f"`switchyard train run={options.run.name}{other} layout.placement={options.out}` moves the experts "
+        "as it goes on; a run that has finished needs more `train.steps`",
     ]

@@ -31,7 +31,10 @@ def read_single_steps(run: Path, last: int | None = None) -> tuple[RunConfig, Hi
 
 def _settings(run: Path) -> RunConfig:
     if not (run / SETTINGS).is_file():
-        raise UserError(f"measured load must come from a run, but {run} is none: give the folder of one")
+        raise UserError(
+            f"measured load must come from a run's folder, but {run} is no such folder: give its path, as in "
+            "runs/tiny"
+        )
     return read_settings(run)
 
 

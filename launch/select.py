@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     """Score and write; the exit code: 0 done, 2 the user's input, 130 interrupted."""
     if "--recorded" in arguments:
         return by_record(arguments)
+    if "--domain" in arguments:
+        raise UserError("`--domain` must come with `--recorded`, but stands alone: give both, or neither")
     return Together(
         command="select-experts", plan=Plan, make_plan=make_plan, prepare=_prepare, run=_select
     ).main(arguments)

@@ -177,7 +177,8 @@ def read_placement(path: Path, model: ModelConfig, ep: int) -> dict[str, Order]:
     if content.get("ep") != ep:
         raise UserError(
             f"`layout.placement` must be made for `layout.ep={ep}`, but {path} is for {content.get('ep')}: "
-            f"make it with `switchyard place-experts --ep {ep}` or set `layout.placement=null`"
+            f"make it with `switchyard place-experts --ep {ep}`, set the layout it is for, or "
+            "`layout.placement=null`"
         )
     layers, found = list(released_numbers(model).values()), content["placement"]
     if wrong := sorted(set(layers).symmetric_difference(found)):

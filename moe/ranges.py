@@ -19,9 +19,9 @@ _POSITIVE = (
     *("cluster.memory_gb", "cluster.peak_tflops"),
     *("optim.lr", "optim.eps", "train.steps", "train.batch_size", "train.keep_checkpoints"),
     *("telemetry.window", "telemetry.log_every", "launch.threads", "tune.lora_rank", "tune.lora_alpha"),
-    *("telemetry.full_steps", "telemetry.thin_steps", "telemetry.port"),
-    *("telemetry.alarms.dead_steps", "telemetry.alarms.max_vio", "telemetry.alarms.rank_share"),
-    *("telemetry.alarms.bias", "telemetry.alarms.loss_spike", "telemetry.alarms.domain"),
+    *("telemetry.full_steps", "telemetry.thin_steps"),
+    *("telemetry.alarms.dead_steps", "telemetry.alarms.max_vio"),
+    *("telemetry.alarms.bias", "telemetry.alarms.loss_spike"),
 )
 _NOT_NEGATIVE = (
     *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),
@@ -33,8 +33,9 @@ _NOT_NEGATIVE = (
     *("telemetry.pairs_every", "telemetry.times_every", "telemetry.routing_every"),
 )
 _SHARE = ("data.max_bad", "optim.min_lr_ratio", "optim.decay_fraction")
-_BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2")
-_ABOVE_ONE = ("model.rope.theta",)
+_BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2", "telemetry.alarms.domain")
+_ABOVE_ONE = ("model.rope.theta", "telemetry.alarms.rank_share")
+_PORT = ("telemetry.port",)
 
 
 def validate_ranges(config: RunConfig) -> None:
@@ -44,7 +45,8 @@ def validate_ranges(config: RunConfig) -> None:
         (_NOT_NEGATIVE, lambda value: value >= 0, "not be negative", "use 0 or more"),
         (_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1", "use a share such as 0.1"),
         (_BELOW_ONE, lambda value: 0 <= value < 1, "lie between 0 and 1 (exclusive)", "use less than 1"),
-        (_ABOVE_ONE, lambda value: value > 1, "be greater than 1", "use 10000, as released"),
+        (_ABOVE_ONE, lambda value: value > 1, "be greater than 1", "use the default or more"),
+        (_PORT, lambda value: 0 < value < 65536, "lie between 1 and 65535", "use 9464"),
     )
     for names, holds, rule, remedy in rules:
         for name in names:

@@ -132,10 +132,11 @@ def test_recomputation_and_accumulation_count_nothing_twice(
 
 
 def _assert_same_signals(layer: LayerCounts, expected: LayerCounts) -> None:
-    """What is averaged over tokens, wherever they are."""
+    """What is averaged over tokens or microbatches, wherever they are."""
     torch.testing.assert_close(layer.gates, expected.gates, rtol=1e-4, atol=0)
     for name in ("logit_rms", "logit_max", "margin", "group_limited"):
         assert getattr(layer, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert layer.max_vio_microbatch == pytest.approx(expected.max_vio_microbatch, rel=1e-12)
     assert int(layer.links.sum()) == int(layer.rank_rows.sum())
 
 

@@ -117,11 +117,12 @@ function showComparison() {
 
 function show(index) {
   select({ first: index, second: state.second === index ? state.first : state.second });
+  refreshWords();
 }
 
 function showAlarms() {
   const section = byId("alarms");
-  const runs = state.runs.length > 1 ? shownRuns() : [firstRun()];
+  const runs = arrived();
   const alarms = runs.flatMap((run) => run.alarms.map((alarm) => ({ ...alarm, run })));
   alarms.sort((a, b) => b.step - a.step);
   section.querySelector(".missing").hidden = alarms.length > 0;

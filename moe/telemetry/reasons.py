@@ -18,7 +18,7 @@ def dead_expert(
     many = f"{len(experts)} experts ({_listed(experts)})" if len(experts) > 1 else f"expert {experts[0]}"
     where = f" on rank{'s' if len(ranks) > 1 else ''} {_listed(ranks)}" if ranks else ""
     return (
-        f"layer {layer}: {many}{where} had no token for {limit} steps "
+        f"layer {layer}: {many}{where} had no token for {limit} step{'s' * (limit > 1)} "
         f"(`telemetry.alarms.dead_steps={limit}`){_elsewhere(others)}. Try `balance.bias=update` with a "
         "higher `balance.bias_rate`, or an auxiliary loss such as `balance.sequence_aux`."
     )

@@ -131,6 +131,11 @@ class _Run:
             share = trained_share(self.trainer.model, self.groups, self.device)
             if shown:
                 shown.note(share)
+        if shown and self.position.step >= steps:
+            shown.note(
+                f"the run has finished its {self.position.step} steps: there is nothing to train; "
+                "raise `train.steps` to go on"
+            )
         with _stop_signals() as stop:
             while self.position.step < steps:
                 result = self._step()

@@ -208,6 +208,7 @@ def test_two_runs_are_drawn_over_and_beside_each_other(page: Page, run: MadeRun,
         assert all(f"{name} " in words(page, "#loss output") for name in ("even", "skewed"))
         page.click("#comparison tbody tr:nth-child(2) button")
         assert (state(page, "first"), state(page, "second")) == (1, 0)
+        assert words(page, "#state").startswith("skewed")  # and so all that is said of the run above
         choose(page, "#second", "")
         assert words(page, "#position") == "20 of 20"
 

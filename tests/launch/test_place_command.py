@@ -111,7 +111,7 @@ def test_nodes_hold_groups_and_their_rows_are_told(tmp_path: Path, capsys: Print
     for order in found["placement"].values():
         assert all(len({expert // 2 for expert in node}) == 2 for node in (order[:4], order[4:]))
     network, later = found["predicted"]["network"], range(21, 41)
-    assert "was not measured" in (said := capsys.readouterr().out) and "network: " in said
+    assert "is not known" in (said := capsys.readouterr().out) and "network: " in said
     counts = [counts_of(run, layer, later) for layer in (1, 2)]
     assert network["rows"] == pytest.approx(sum(c.sum(1).mean() for c in counts) / 2)
     after = sum(
@@ -138,7 +138,7 @@ def test_from_where_the_run_has_its_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere", "--out", "p.json"], "must come from a run, but nowhere is none"),
+        (["nowhere", "--out", "p.json"], "but nowhere is no such folder"),
         (["base", "--ep", "3", "--out", "p.json"], "3 does not divide 8: use"),
         (["base", "--ep", "1", "--out", "p.json"], "`--ep` must be at least 2"),
         (["base", "--ep", "8", "--gpus-per-node", "3", "--out", "p.json"], "`--gpus-per-node` must divide"),

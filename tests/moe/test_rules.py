@@ -288,6 +288,11 @@ def test_known_keys_reach_into_groups() -> None:
             {"telemetry.full_steps": 20},
             "`telemetry.full_steps` must be at least `telemetry.window`, but 20 < 50: ",
         ),
+        ({"telemetry.port": 70000}, "`telemetry.port` must lie between 1 and 65535, but is 70000: "),
+        (
+            {"telemetry.alarms.rank_share": 0.5},
+            "`telemetry.alarms.rank_share` must be greater than 1, but is 0.5: ",
+        ),
         ({"train.keep_checkpoints": 0}, "`train.keep_checkpoints` must be greater than 0, but is 0: "),
         *(
             ({key: 0}, f"`{key}` must be greater than 0, but is 0")

@@ -41,9 +41,12 @@ def test_a_resumed_recorder_is_where_it_was(tmp_path: Path) -> None:
     config = small_run(tmp_path)
     limits = replace(config.telemetry.alarms, dead_steps=4, max_vio=None)
     config = replace(config, telemetry=replace(config.telemetry, window=3, alarms=limits))
-    uneven = [0, 9, 9, 9, 9, 9, 9, 10]
+
+    def uneven(step: int) -> StepResult:
+        return a_step([0, *(9 + step * expert for expert in range(7))])
+
     recorder = Recorder(tmp_path, config, (), 0, 1)
-    told = [recorder.step(step, 8 * step, a_step(uneven))[1] for step in range(1, 7)]
+    told = [recorder.step(step, 8 * step, uneven(step))[1] for step in range(1, 7)]
     assert [bool(alarms) for alarms in told] == [False, False, False, True, False, False]
     whole = list(read_rows(tmp_path / "expert_load.jsonl"))
     for step in (2, 5):
@@ -53,6 +56,6 @@ def test_a_resumed_recorder_is_where_it_was(tmp_path: Path) -> None:
     assert [folder.name for folder in (tmp_path / "routing").iterdir()] == ["step-2"]
     assert not (tmp_path / "timeline.json").exists()
     assert list(read_rows(tmp_path / "alarms.jsonl")) == []
-    told = [recorder.step(step, 8 * step, a_step(uneven))[1] for step in range(4, 7)]
+    told = [recorder.step(step, 8 * step, uneven(step))[1] for step in range(4, 7)]
     assert [bool(alarms) for alarms in told] == [True, False, False]
     assert list(read_rows(tmp_path / "expert_load.jsonl")) == whole

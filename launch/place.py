@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from launch.options import Parser
+from launch.output import check_out
 from launch.recorded import read_single_steps
 from moe.config import RunConfig
-from moe.placement import Integers, Nodes, Order, place, rank_rows, read_placement
+from moe.placement import Integers, Nodes, Order, orders_of, place, rank_rows
 from moe.telemetry.history import History
 from moe.telemetry.rows import read_rows, replace_file
 from parallel.errors import UserError
@@ -97,8 +98,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if value is not None and value < least:
             said = name.replace("_", "-")
             raise UserError(f"`--{said}` must be at least {least}, but is {value}: use {usual}")
-    if not options.out.resolve().parent.is_dir():
-        raise UserError(f"`--out` must lie in an existing folder, but {options.out} does not: make it first")
+    check_out(options.out)
     return options
 
 
@@ -125,11 +125,9 @@ def _nodes(options: argparse.Namespace, config: RunConfig, ep: int) -> Nodes:
 
 def _present(config: RunConfig, layers: Sequence[str], ep: int) -> dict[str, Order]:
     """Where the experts are: as the run has them, if that is for as many ranks, otherwise in order."""
-    path = config.layout.placement
-    if path is not None and config.layout.ep == ep:
-        found = read_placement(Path(path), config.model, ep)
-        return {layer: found[layer] for layer in layers}
-    return {layer: tuple(range(config.model.num_experts)) for layer in layers}
+    found = orders_of(config, ep) if config.layout.ep == ep else {}
+    in_order = tuple(range(config.model.num_experts))
+    return {layer: found.get(layer, in_order) for layer in layers}
 
 
 def _worth(
@@ -157,8 +155,10 @@ def _worth(
 def step_time(run: Path, config: RunConfig, history: History, later: Worth, ep: int) -> float | None:
     """The share of a step's time that is won; None where experts were not timed under as many ranks.
 
-    Of each layer the busiest rank's seconds shrink as its rows do. Layers of different stages run at the
-    same time, and where stages are held twice each copy has half of the microbatches.
+    Of each layer the busiest rank's seconds shrink as its rows do: those of the forward, which is timed, and
+    those of the backward, which has twice its products, and once more where it recomputes. Layers of
+    different stages run at the same time, and where stages are held twice each copy has half of the
+    microbatches.
     """
     seconds = history.expert_seconds
     timed = ~np.isnan(seconds).any((1, 2))
@@ -168,13 +168,14 @@ def step_time(run: Path, config: RunConfig, history: History, later: Worth, ep: 
     kept = np.array([later.after[name] / later.before[name] for name in later.after])
     won = float((busiest * (1 - kept)).sum())
     copies = 2 if FORMS[config.layout.schedule].both_ways else 1
+    forwards = 4 if config.train.recompute == "full" else 3
     first = int(history.steps[0])
     steps = [
         row["step_seconds"]
         for row in read_rows(run / "metrics.jsonl")
         if row["step"] >= first and "loss" in row
     ]
-    return copies * won / (config.layout.pp * fmean(steps)) if steps else None
+    return copies * forwards * won / (config.layout.pp * fmean(steps)) if steps else None
 
 
 def _network(
@@ -239,6 +240,11 @@ def _sentences(
     options: argparse.Namespace, config: RunConfig, predicted: Mapping[str, Any], later: Worth, ep: int
 ) -> list[str]:
     won, network = predicted["step_time"], predicted["network"]
+    if later.decrease <= 0:
+        return [
+            f"nothing is won: in steps that did not decide, the busiest ranks get {abs(later.decrease):.1%} "
+            "more rows; leave the experts where they are, or let more steps decide (`--steps`)"
+        ]
     lines = [f"predicted: the busiest ranks get {later.decrease:.1%} fewer rows"]
     if won is None:
         lines[0] += "; what a step gains is not known, as no times were recorded for this `--ep`"

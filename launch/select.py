@@ -11,6 +11,7 @@ from typing import Literal
 
 from launch.chosen import choose, count, describe, recorded_scores, write_selection
 from launch.options import Parser
+from launch.output import check_out
 from launch.together import Together
 from launch.use import settings
 from moe.config import RunConfig
@@ -102,8 +103,7 @@ def _threshold(options: argparse.Namespace) -> float:
     threshold = THRESHOLDS[options.score] if options.threshold is None else float(options.threshold)
     if not 0 < threshold <= 1:
         raise UserError(f"`--threshold` must lie above 0 and at most at 1, but is {threshold:g}: use 0.2")
-    if not options.out.resolve().parent.is_dir():
-        raise UserError(f"`--out` must lie in an existing folder, but {options.out} does not: make it first")
+    check_out(options.out)
     return threshold
 
 

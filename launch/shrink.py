@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from moe.config import LayoutConfig, ModelConfig, RunConfig
+from moe.selection import released_numbers
 from parallel.pipeline.schedules import count_stages
 
 
@@ -26,11 +27,14 @@ def shrink(config: RunConfig, degrees: LayoutConfig) -> RunConfig:
     length = _small(config.data.sequence_length, 64, 2 * degrees.cp * degrees.tp)
     microbatches = min(config.layout.microbatches, 2 * degrees.pp)
     parts, batch = dp * microbatches, config.train.batch_size
+    same = released_numbers(model) == released_numbers(config.model)
+    same = same and model.num_experts == config.model.num_experts
+    placement = config.layout.placement if same else None  # which is of those layers and experts
     return replace(
         config,
         model=model,
         data=replace(config.data, sequence_length=length),
-        layout=replace(config.layout, microbatches=microbatches),
+        layout=replace(config.layout, microbatches=microbatches, placement=placement),
         train=replace(config.train, batch_size=parts * min(2, batch // parts) or batch),
     )
 

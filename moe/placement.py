@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.config import ModelConfig
-from moe.selection import released_numbers
+from moe.config import ModelConfig, RunConfig
+from moe.selection import read_selection, released_numbers, spread
 from parallel.errors import UserError
 
 Integers = NDArray[np.int64]
@@ -175,10 +175,10 @@ def read_placement(path: Path, model: ModelConfig, ep: int) -> dict[str, Order]:
     if not isinstance(content, dict) or not isinstance(content.get("placement"), dict):
         raise UserError(f"`layout.placement` must hold `ep` and `placement`, but {path} does not: {remedy}")
     if content.get("ep") != ep:
+        other = f"make it with `switchyard place-experts --ep {ep}` or " if ep > 1 else ""
         raise UserError(
             f"`layout.placement` must be made for `layout.ep={ep}`, but {path} is for {content.get('ep')}: "
-            f"make it with `switchyard place-experts --ep {ep}`, set the layout it is for, or "
-            "`layout.placement=null`"
+            f"{other}set `layout.placement=null`"
         )
     layers, found = list(released_numbers(model).values()), content["placement"]
     if wrong := sorted(set(layers).symmetric_difference(found)):
@@ -199,6 +199,23 @@ def _permutation(path: Path, layer: str, seats: Any, model: ModelConfig, remedy:
             f"{path} does not: {remedy}"
         )
     return tuple(seats)
+
+
+def orders_of(config: RunConfig, ep: int) -> dict[str, Order]:
+    """Which experts live where, by layer: as the settings say, otherwise chosen ones spread over the ranks.
+
+    Empty where all layers are in order.
+    """
+    tune, path = config.tune, config.layout.placement
+    selection = None
+    if tune.method == "esft":
+        assert tune.selection is not None, "rules.py asks for one"
+        selection = read_selection(Path(tune.selection), config.model)
+    if path is None:
+        layers = list(released_numbers(config.model).values())
+        return {} if selection is None else spread(selection, layers, config.model.num_experts, ep)
+    found = read_placement(Path(path), config.model, ep)
+    return found if selection is None else chosen_last(found, selection.experts, ep)
 
 
 def chosen_last(

@@ -109,8 +109,9 @@ class MadeRun:
         with JsonLines(self.folder / "alarms.jsonl") as file:
             file.write({**row, "message": message})
 
-    def rewind(self, step: int) -> None:
-        """Go back to a step, as a run that is resumed from its checkpoint."""
+    def rewind(self, step: int, ranks: int | None = None) -> None:
+        """Go back to a step, as a run that is resumed from its checkpoint, on as many ranks or others."""
+        self._ranks = ranks or self._ranks
         for name in ("metrics", "expert_load", "alarms"):
             trim_after(self.folder / f"{name}.jsonl", step)
         self.step = step

@@ -114,6 +114,11 @@ class Run {
     return Math.max(this.metrics.step.at(-1) ?? 0, this.steps.at(-1) ?? 0);
   }
 
+  // How many ranks hold experts: less than num_ranks where the run went on with fewer.
+  get homes() {
+    return 1 + Math.max(0, ...(this.placement[0] ?? []));
+  }
+
   // The frame that holds a step, or the nearest; null is the newest step.
   frameAt(step) {
     if (step === null) return this.steps.length - 1;

@@ -6,6 +6,7 @@ Settings are read as they lie: a run of an older version, which lacks some or ha
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe.selection import Selection, spread
 from parallel.layout import DEGREES
 
 Settings = Mapping[str, Any]
@@ -30,6 +31,21 @@ def facts(settings: Settings, environment: Settings, recipe: str, last: Settings
         ("Versions", _versions(environment)),
     ]
     return [(name, value) for name, value in told if value]
+
+
+def seats(
+    settings: Settings, kept: Settings, selection: Settings, layers: Sequence[int | str], ep: int
+) -> Mapping[str, Sequence[int]]:
+    """The expert in each seat by layer, from a run's own placement.json or selection.json; {} if in order."""
+    if kept or group(settings, "tune").get("method") != "esft" or not ep:
+        return group(kept, "placement")
+    model = group(settings, "model")
+    num_layers, num_experts = model["num_layers"], model["num_experts"]
+    chosen = {
+        str(number) if number < num_layers else f"mtp{number - num_layers}": tuple(experts)
+        for number, experts in ((int(key), value) for key, value in group(selection, "experts").items())
+    }
+    return spread(Selection(experts=chosen), list(map(str, layers)), num_experts, ep)
 
 
 def placement(

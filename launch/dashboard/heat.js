@@ -31,7 +31,7 @@ const say = (figure, parts) => legend(figure.output, parts.map((words) => [null,
 
 // A grid of experts as columns, in blocks of a rank where they are ordered so.
 function expertGrid(plot, run, { rows, cellHeight, left, right, top }) {
-  const blocks = byRank(run) ? run.num_ranks : 1;
+  const blocks = byRank(run) ? run.homes : 1;
   const room = plot.width - left - right;
   const gap = blocks > 1 && room / run.num_experts > 1.5 ? 2 : 0;
   const cellWidth = Math.min(40, wholePixels(room - gap * (blocks - 1), run.num_experts));
@@ -43,7 +43,7 @@ function expertGrid(plot, run, { rows, cellHeight, left, right, top }) {
 function labelExperts(context, run, grid, layers) {
   if (byRank(run)) {
     const blockWidth = grid.block * grid.cellWidth + grid.gap;
-    labelEach(run.num_ranks, blockWidth, 50, (rank) => {
+    labelEach(run.homes, blockWidth, 50, (rank) => {
       const middle = grid.x(rank * grid.block) + (grid.block * grid.cellWidth) / 2;
       const words = blockWidth > 48 || !rank ? `rank ${rank}` : rank;
       text(context, words, middle, grid.top - 10, { align: "center" });
@@ -122,7 +122,7 @@ class LoadMap {
     labelEach(rows, cellHeight, 11, (layer, every) => {
       if (every === 1 || Math.abs(layer - state.layer) >= every) this.labelLayer(context, run, grid, layer);
     });
-    this.labelLayer(context, run, grid, state.layer, { weight: 700, colour: INK });
+    if (state.layer < rows) this.labelLayer(context, run, grid, state.layer, { weight: 700, colour: INK });
     this.paintViolation(context, run, frame, grid, side.plot.width);
   }
 
@@ -279,7 +279,7 @@ class History {
     const order = run.order(state.layer, byRank(run));
     const y = (row) => TOP + (row + 0.5) * this.cellHeight;
     const [count, words] = byRank(run)
-      ? [run.num_ranks, (rank) => `rank ${rank}`]
+      ? [run.homes, (rank) => `rank ${rank}`]
       : [run.num_experts, (row) => order[row]];
     const each = run.num_experts / count;
     labelEach(count, each * this.cellHeight, 13, (i) => {

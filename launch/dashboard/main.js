@@ -27,7 +27,7 @@ function showControls() {
   byId("play").textContent = state.playing ? "Pause" : "Play";
   byId("play").setAttribute("aria-label", state.playing ? "Pause" : "Play the steps");
   fillSelect("layer", run.layers.map((name, layer) => [layer, name]), state.layer);
-  byId("order").parentElement.hidden = run.num_ranks < 2;
+  byId("order").parentElement.hidden = run.homes < 2;
   byId("order").value = state.order;
   const fitted = state.reach === null ? `fit (${reachOf()} ×)` : "fit";
   fillSelect("reach", [["", fitted], ...REACHES.map((reach) => [reach, `${reach} ×`])], state.reach ?? "");

@@ -60,6 +60,12 @@ class TrafficMatrix {
   }
 }
 
+// The mean of what is known: a rank that the run no longer had was not timed.
+function average(values) {
+  const taken = values.filter(known);
+  return taken.reduce((sum, value) => sum + value, 0) / taken.length;
+}
+
 // Of one frame, each rank's mean over layers of a number that is NaN where it was not taken.
 function rankMeans(run, name, frame) {
   const rows = run.rows.get(name)?.row(frame);
@@ -74,8 +80,8 @@ function straggling(run, frame) {
   let [worked, lasted] = [0, 0];
   run.layers.forEach((_, layer) => {
     const seconds = run.layerRow("expert_seconds", frame, layer);
-    worked += seconds.reduce((sum, value) => sum + value, 0) / seconds.length;
-    lasted += Math.max(...seconds);
+    worked += average(seconds);
+    lasted += Math.max(...seconds.filter(known));
   });
   return 1 - worked / lasted;
 }
@@ -100,7 +106,7 @@ class RankLoads {
     const received = rankMeans(run, "received", shownFrame());
     const timed = run.rows.has("expert_seconds") ? timedFrame(run, shownFrame()) : -1;
     const seconds = timed < 0 ? null : rankMeans(run, "expert_seconds", timed);
-    const mean = seconds && seconds.reduce((sum, value) => sum + value, 0) / seconds.length;
+    const mean = seconds && average(seconds);
     const relative = seconds?.map((value) => value / mean);
     this.paintBars(received ?? [], relative ?? []);
     const fullest = received ? Math.max(...received) : NaN;
@@ -117,7 +123,7 @@ class RankLoads {
     const context = this.plot.begin(height);
     const [right, bottom] = [this.plot.width - RIGHT, height - BOTTOM];
     const count = firstRun().num_ranks;
-    const high = Math.max(1.25, ...received, ...relative) * 1.05;
+    const high = Math.max(1.25, ...received, ...relative.filter(known)) * 1.05;
     const y = axis(0, high, bottom, TOP);
     const slot = (right - LEFT) / count;
     verticalAxis(context, y, LEFT, right, ticks(0, high, 5));

@@ -107,13 +107,14 @@ function ticks(low, high, wanted) {
   return Array.from({ length: count }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
-// Powers of ten, with their doubles and fives where there are few.
+// Powers of ten, with their doubles and fives where there are few; plain ones where even these are too far apart.
 function logTicks(low, high) {
   const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
   const factors = to - from > 3 ? [1] : [1, 2, 5];
   const all = [];
   for (let power = from; power <= to; power++) for (const factor of factors) all.push(factor * 10 ** power);
-  return all.map((value) => Number(value.toPrecision(6))).filter((value) => value >= low && value <= high);
+  const found = all.map((value) => Number(value.toPrecision(6))).filter((value) => value >= low && value <= high);
+  return found.length > 1 ? found : ticks(low, high, 6);
 }
 
 // A number to a place on paper and back.

@@ -3,7 +3,7 @@
     GET /                        the page
     GET /runs                    [{"name", "index", "state"}]
     GET /view/0[?after=&epoch=]  a run, whole or only what came after a step (view.py)
-    GET /events                  a stream of {"index", "epoch", "step", "state"} whenever a run has changed
+    GET /events                  a stream of {"index", "epoch", "step", ...} whenever a run has changed
     GET /metrics                 each expert's newest load and bias for Prometheus, which so burdens this
                                  process and not the one that trains
 

@@ -41,7 +41,7 @@ function goToStep(step) {
 const frameSpan = () => [firstRun().steps[0] - firstRun().spans[0], firstRun().steps.at(-1)];
 
 // Whether the experts' columns follow the ranks that hold them.
-const byRank = (run) => state.order === "rank" && run.num_ranks > 1;
+const byRank = (run) => state.order === "rank" && run.homes > 1;
 
 const reachOf = (() => {
   const fitted = new Map();

@@ -57,7 +57,7 @@ class Kept(Generic[Value]):
         self._value = missing
 
     def get(self) -> Value:
-        """The newest value."""
+        """The newest value, or the one before while a file is broken."""
         try:
             there = self._path.stat()
             stamp = (there.st_mtime_ns, there.st_ino)
@@ -65,4 +65,6 @@ class Kept(Generic[Value]):
                 self._value, self._stamp = self._parse(self._path.read_text(encoding="utf-8")), stamp
         except FileNotFoundError:
             self._value, self._stamp = self._missing, None
+        except ValueError:
+            pass
         return self._value

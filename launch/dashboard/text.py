@@ -156,7 +156,8 @@ def _alarms(alarms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if len(alarms) > LAST_ALARMS:
         yield f"{len(alarms)} alarms, of which the last {LAST_ALARMS}:"
     for alarm in alarms[-LAST_ALARMS:]:
-        yield f"! step {alarm['step']}: {alarm['message']}"
+        message = "".join(each for each in alarm["message"] if each.isprintable())  # no codes for a terminal
+        yield f"! step {alarm['step']}: {message}"
 
 
 def _span(history: History, frame: int) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from launch.dashboard.chance import preferred, together
 from launch.dashboard.curves import Curves
-from launch.dashboard.facts import facts, group, placement
+from launch.dashboard.facts import facts, group, placement, seats
 from launch.dashboard.tail import Kept, Tail
 from moe.telemetry.history import Follower, History
 from moe.telemetry.rows import finite
@@ -49,7 +49,8 @@ class RunView:
         self._environment = Kept[dict[str, Any]](folder / "environment.json", json.loads, {})
         self._timeline = Kept[Any](folder / "timeline.json", json.loads, None)
         self._recipe = Kept[str](folder / "recipe.txt", str, "")
-        self._seats = Kept[dict[str, Any]](folder / "placement.json", json.loads, {})
+        self._placement = Kept[dict[str, Any]](folder / "placement.json", json.loads, {})
+        self._selection = Kept[dict[str, Any]](folder / "selection.json", json.loads, {})
         self._metrics, self._alarm_rows = Tail(folder / METRICS), Tail(folder / ALARMS)
         self._load = Follower(folder, self._most_frames())
         self._voided = 0  # times that what was given out became void, beside those that the parts count
@@ -62,7 +63,7 @@ class RunView:
     def poll(self) -> None:
         """Take in what was written since the last call."""
         with self._lock:
-            self._load.poll()
+            self._poll_load()
             self._poll_metrics()
             self._poll_alarms()
 
@@ -89,12 +90,7 @@ class RunView:
                 "layers": [str(layer) for layer in history.layers],
                 "num_experts": history.counts.shape[-1],
                 "num_ranks": num_ranks,
-                "placement": placement(
-                    history.layers,
-                    history.counts.shape[-1],
-                    num_ranks,
-                    group(self._seats.get(), "placement"),
-                ),
+                "placement": self._placed(history),
                 "frames": _frames(history, (history.steps > begin) & (history.steps <= last)),
                 "traffic": _traffic(history),
                 **self._specialisation(history, group(settings, "model").get("top_k", 1)),
@@ -102,9 +98,15 @@ class RunView:
             }
 
     def mark(self) -> dict[str, Any]:
-        """What a listener is told when it differs from before: epoch, last step, state."""
+        """What a listener is told when it differs from before; the last two are written after their step."""
         with self._lock:
-            return {"epoch": self._epoch, "step": self._last_step, "state": self._state()}
+            return {
+                "epoch": self._epoch,
+                "step": self._last_step,
+                "state": self._state(),
+                "evaluations": sum(map(len, self._evaluations.values())),
+                "timed": (self._timeline.get() or {}).get("step"),
+            }
 
     def newest(self) -> tuple[History, int]:
         """The run's frames, and which of them is the newest that a view shows; -1 where there is none."""
@@ -136,6 +138,13 @@ class RunView:
             self._found = stamp, {"domains": _domains(history, top_k), "pairs": _pairs(history)}
         return self._found[1]
 
+    def _placed(self, history: History) -> list[list[int]]:
+        """By layer, the rank that holds each expert now."""
+        num_ranks = int(_present_ranks(history)[-1:].sum()) or history.received.shape[-1]
+        kept, selection = self._placement.get(), self._selection.get()
+        found = seats(self._settings.get(), kept, selection, history.layers, num_ranks)
+        return placement(history.layers, history.counts.shape[-1], num_ranks, found)
+
     def _most_frames(self) -> int:
         """Frames that a page can hold of a model this large; the follower holds up to twice as many."""
         model = group(self._settings.get(), "model")
@@ -146,6 +155,16 @@ class RunView:
         self._curves = Curves(MOST_POINTS)
         self._evaluations: dict[str, list[list[float | None]]] = {}
         self._last_row: dict[str, Any] = {}
+
+    def _poll_load(self) -> None:
+        before = self._shape
+        self._load.poll()
+        self._voided += self._shape != before  # the first step, or more ranks: all rows have another width
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        history = self._load.history
+        return (*history.counts.shape[1:], history.received.shape[-1])
 
     def _poll_metrics(self) -> None:
         before = self._metrics.epoch
@@ -195,7 +214,7 @@ class RunView:
 def _frames(history: History, shown: NDArray[np.bool_]) -> dict[str, Any]:
     counts = history.counts[shown]
     scalars = {name: values[shown] for name, values in history.scalars.items() if _any_known(values)}
-    received = history.received[shown]
+    received, num_ranks = history.received[shown], _present_ranks(history)[shown].sum(1)
     return {
         "step": history.steps[shown].tolist(),
         "span": history.spans[shown].tolist(),
@@ -203,7 +222,7 @@ def _frames(history: History, shown: NDArray[np.bool_]) -> dict[str, Any]:
         "bias": _packed(history.bias[shown], "<f4") if _any_known(history.bias) else None,
         "scalars": {name: _packed(values, "<f4") for name, values in scalars.items()},
         "received": _packed(
-            received * received.shape[-1] / np.maximum(1, received.sum(-1, keepdims=True)), "<f4"
+            received * num_ranks[:, None, None] / np.maximum(1, received.sum(-1, keepdims=True)), "<f4"
         ),
         "expert_seconds": (
             _packed(history.expert_seconds[shown], "<f4") if _any_known(history.expert_seconds) else None
@@ -216,6 +235,11 @@ def load(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
     mean = counts.sum(-1, keepdims=True) / max(1, counts.shape[-1])
     scaled = np.rint(counts * (EVEN / np.maximum(1e-9, mean)))
     return np.where(counts > 0, np.clip(scaled, 1, 65535), 0).astype(np.uint16)
+
+
+def _present_ranks(history: History) -> NDArray[np.bool_]:
+    """The ranks that sent or received rows, [F, R]: a run that went on with fewer ranks leaves some out."""
+    return np.asarray((history.rank_rows.sum(1) + history.rank_rows.sum(2)) > 0)
 
 
 def _traffic(history: History) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from moe.hf.adapter import load_adapter
 from moe.hf.inventory import is_adapter
 from moe.model.experts import Placement
 from moe.model.init import init_adapters
-from moe.model.transformer import Transformer, expert_layers
-from moe.placement import chosen_last, read_placement
-from moe.selection import Selection, read_selection, spread
+from moe.model.transformer import Transformer
+from moe.placement import orders_of
+from moe.selection import Selection, read_selection
 from moe.train.units import parameter_units
 from parallel.collectives import all_reduce, group_rank
 from parallel.groups import Groups
@@ -35,24 +35,12 @@ def selection_of(config: RunConfig) -> Selection | None:
 
 
 def placements(config: RunConfig, ep: int) -> dict[str, Placement]:
-    """Which experts live where, by layer; needed to make a model.
-
-    As the settings say; otherwise in order, but chosen ones are spread over the ranks.
-    """
-    selection, path = selection_of(config), config.layout.placement
-    if path is None and selection is None:
-        return {}
-    layers = expert_layers(config.model)
-    if path is not None:
-        orders = read_placement(Path(path), config.model, ep)
-    if selection is None:
-        return {layer: Placement(orders[layer]) for layer in layers}
-    chosen = {layer: frozenset(selection.experts.get(layer, ())) for layer in layers}
-    if path is None:
-        orders = spread(selection, layers, config.model.num_experts, ep)
-    else:
-        orders = chosen_last(orders, chosen, ep)
-    return {layer: Placement(orders[layer], chosen[layer]) for layer in layers}
+    """Which experts live where, by layer, and which are trained; needed to make a model."""
+    selection = selection_of(config)
+    return {
+        layer: Placement(order, None if selection is None else frozenset(selection.experts.get(layer, ())))
+        for layer, order in orders_of(config, ep).items()
+    }
 
 
 def prepare(model: Transformer, config: RunConfig, saved: Collection[str] = ()) -> None:

@@ -290,3 +290,34 @@ def test_a_server_that_comes_back_is_followed_again(browser: Browser, run: MadeR
         with serving(run, port=port):
             page.wait_for("dashboard.state.frames == 9")
             assert words(page, "#link") == ""
+
+
+def test_runs_of_other_shapes(page: Page, tmp_path: Path) -> None:
+    """A layer and an expert that the run beside lacks are not marked in it."""
+    large = make_run(tmp_path / "large", layers=5, experts=16, ranks=4, steps=2)
+    small = make_run(tmp_path / "small", layers=2, experts=8, ranks=1, steps=3)
+    with serving(large, small) as server:
+        opened(page, server.url, runs=2)
+        show(page, LOAD)
+        page.evaluate("""(() => {
+            window.written = [];
+            const write = CanvasRenderingContext2D.prototype.fillText;
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...where) {
+              written.push(String(text));
+              write.call(this, text, ...where);
+            };
+            select({second: 1, layer: 4, expert: 12});
+        })()""")
+        page.wait_for("written.includes('7')")
+        assert "undefined" not in page.evaluate("written")
+        page.evaluate("select({layer: 1})")
+        page.wait_for("document.querySelectorAll('#load .plot i')[0].style.display == 'block'")
+        assert page.evaluate("document.querySelectorAll('#load .plot i')[1].style.display") == "none"
+
+
+def test_an_axis_has_numbers(page: Page, run: MadeRun) -> None:
+    with serving(run) as server:
+        opened(page, server.url)
+        for low, high in ((1.05, 1.9), (2.1, 3.3), (0.01, 200)):
+            found = page.evaluate(f"logTicks({low}, {high})")
+            assert len(found) > 1 and low <= min(found) and max(found) <= high

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 from launch.dashboard.chance import preferred, together
 from launch.dashboard.curves import Curves
 from launch.dashboard.facts import facts, placement
 from launch.dashboard.view import RunView, as_json, load
+from moe.selection import Selection, spread
 from moe.telemetry.rows import JsonLines, read_rows
 from tests.made_run import DOMAINS, make_run
 
@@ -196,6 +198,42 @@ def test_a_resumed_run_is_given_anew(tmp_path: Path) -> None:
     assert after["metrics"]["step"] == after["frames"]["step"] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("steps", "ranks"), [(0, 2), (6, 4)])
+def test_a_view_is_whole_where_its_shape_is_another(tmp_path: Path, steps: int, ranks: int) -> None:
+    """The first step comes, or a run goes on with more ranks: what a page holds has another width."""
+    run = make_run(tmp_path, layers=2, ranks=2, steps=steps)
+    view = RunView(tmp_path, "mine")
+    run.rewind(min(steps, 3), ranks)
+    view.poll()
+    before = view.view()
+    run.advance(1)
+    view.poll()
+    after = view.view(before["metrics"]["step"][-1] if steps else 0, before["epoch"])
+    assert after["num_ranks"] == ranks and not after["partial"]
+
+
+def test_a_run_that_went_on_with_fewer_ranks(tmp_path: Path) -> None:
+    run = make_run(tmp_path, layers=2, experts=8, ranks=4, steps=3)
+    run.rewind(3, 2)
+    run.advance(1)
+    shown = RunView(tmp_path, "mine").view()
+    assert shown["num_ranks"] == 4 and shown["placement"] == [[0] * 4 + [1] * 4] * 2
+    received = unpacked(shown["frames"]["received"], "<f4", 4, 2, 4)
+    assert received[:3].mean(-1) == pytest.approx(1) and received[3, :, :2].mean(-1) == pytest.approx(1)
+
+
+def test_what_is_written_after_its_step_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path, layers=2, steps=3, total_steps=3)
+    view = RunView(tmp_path, "mine")
+    marks = [view.mark()]
+    with JsonLines(tmp_path / "metrics.jsonl") as file:
+        file.write({"step": run.step, "eval_loss": 2.5, "domain": "all"})
+    view.poll()
+    marks.append(view.mark())
+    (tmp_path / "timeline.json").write_text(json.dumps({"step": run.step, "spans": []}))
+    assert marks[0] != marks[1] != view.mark()
+
+
 def test_an_alarm_of_a_step_that_was_shown_is_not_lost(tmp_path: Path) -> None:
     run = make_run(tmp_path, layers=2, steps=6)
     view = RunView(tmp_path, "mine")
@@ -274,6 +312,17 @@ def test_placement(tmp_path: Path) -> None:
         [0, 0, 1, 1, 2, 2, 3, 3],
         [3, 3, 2, 2, 1, 1, 0, 0],
     ]
+
+
+def test_chosen_experts_are_where_they_were_spread(tmp_path: Path) -> None:
+    make_run(tmp_path, layers=1, experts=8, ranks=2, steps=1, mtp=True)
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"tune": {"method": "esft"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "selection.json").write_text(json.dumps({"experts": {"1": [0, 1, 2], "2": [7]}}))
+    orders = spread(Selection(experts={"1": (0, 1, 2), "mtp0": (7,)}), ["1", "mtp0"], 8, 2)
+    shown = RunView(tmp_path, "mine").view()["placement"]
+    assert shown == [[orders[name].index(e) // 4 for e in range(8)] for name in ("1", "mtp0")]
+    assert shown[0][:4] == [0, 1, 0, 0]
 
 
 def test_facts() -> None:

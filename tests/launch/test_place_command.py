@@ -18,11 +18,11 @@ from launch.chosen import recorded_scores, scores_file
 from launch.place import STEPS
 from launch.plan.estimate import with_ep
 from launch.plan.imbalance import imbalance_of
-from moe.config import LayoutConfig, RunConfig
+from moe.config import LayoutConfig, RunConfig, TuneConfig
 from moe.data.corpus import prepare
 from moe.data.loader import Loader
 from moe.placement import rank_rows
-from moe.selection import read_selection
+from moe.selection import Selection, read_selection, spread
 from moe.telemetry.rows import JsonLines
 from moe.train.loop import train as train_here
 from moe.train.scoring import score
@@ -89,7 +89,7 @@ def test_the_prediction_is_of_steps_that_did_not_decide(tmp_path: Path, capsys: 
     before, after = np.sum(busiest, 0)
     assert predicted["later"]["decrease"] == pytest.approx(1 - after / before)
     assert predicted["fitted"]["decrease"] >= predicted["later"]["decrease"] - 0.02
-    assert predicted["step_time"] == pytest.approx(sum(1 - each for each in kept) / 2)  # of 1 s in 2 s each
+    assert predicted["step_time"] == pytest.approx(3 * sum(1 - each for each in kept) / 2)  # 3 x 1 s of 2
     assert f"a step takes {predicted['step_time']:.1%} less time" in said and predicted["network"] is None
 
 
@@ -121,7 +121,7 @@ def test_nodes_hold_groups_and_their_rows_are_told(tmp_path: Path, capsys: Print
     assert network["busiest_node_after"] < 0.8 * network["busiest_node_before"]
 
 
-def test_from_where_the_run_has_its_experts(tmp_path: Path) -> None:
+def test_from_where_the_run_has_its_experts(tmp_path: Path, capsys: Printed) -> None:
     """What is placed well already stays, and nothing is won."""
     run, out = recorded_run(tmp_path / "base"), tmp_path / "p.json"
     assert main(["place-experts", str(run), "--out", str(out)]) == 0
@@ -133,6 +133,8 @@ def test_from_where_the_run_has_its_experts(tmp_path: Path) -> None:
     assert main(["place-experts", str(run), "--out", str(out)]) == 0
     again = json.loads(out.read_text())
     assert again["placement"] == placed["placement"] and again["predicted"]["later"]["decrease"] == 0
+    said = capsys.readouterr().out.split("predicted: ")[-1]
+    assert "nothing is won: " in said and "moves the experts" not in said.split("nothing is won")[1]
 
 
 @pytest.mark.parametrize(
@@ -314,3 +316,24 @@ assert main(["select-experts", {str(trained[1])!r}, "--recorded", "--out", {str(
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_from_where_a_fine_tuning_has_its_experts(tmp_path: Path) -> None:
+    """Chosen experts were spread over the ranks, so the present order is not that of their numbers."""
+    run, out = recorded_run(tmp_path / "base"), tmp_path / "p.json"
+    config = compose.read_yaml(run / "config.yaml")
+    tune = TuneConfig(method="esft", selection="elsewhere.json")
+    (run / "config.yaml").write_text(compose.write_yaml(replace(config, tune=tune)))
+    (run / "selection.json").write_text('{"experts": {"2": [0, 1, 2]}}')
+    assert main(["place-experts", str(run), "--out", str(out)]) == 0
+    order = spread(Selection(experts={"2": (0, 1, 2)}), ["1", "2"], EXPERTS, 2)["2"]
+    before = json.loads(out.read_text())["predicted"]["later"]["layers"]["2"][0]
+    assert before == pytest.approx(imbalance(counts_of(run, 2, range(21, 41)), order, 2))
+
+
+@pytest.mark.parametrize("words", [[], ["--recorded"]])
+def test_out_is_no_folder(tmp_path: Path, capsys: Printed, words: list[str]) -> None:
+    run = recorded_run(tmp_path / "base")
+    name = "select-experts" if words else "place-experts"
+    assert main([name, str(run), *words, "--out", str(tmp_path)]) == 2
+    assert "`--out` must be a file" in capsys.readouterr().err

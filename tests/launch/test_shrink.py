@@ -120,3 +120,10 @@ def test_changes_are_told_by_name() -> None:
         before, model=replace(before.model, num_heads=2), train=replace(before.train, batch_size=4)
     )
     assert changes(before, after) == "model.num_heads 4 to 2, train.batch_size 16 to 4"
+
+
+def test_a_placement_is_of_the_experts_that_are_kept() -> None:
+    layout = LayoutConfig(ep=2, placement="p.json")
+    small = shrink(run(V2_LITE, layout), layout)
+    assert small.layout.placement is None
+    assert shrink(small := replace(small, layout=layout), layout).layout.placement == "p.json"

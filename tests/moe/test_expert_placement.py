@@ -163,6 +163,12 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, content: object, se
         read_placement(tmp_path / "none.json", MODEL, 2)
 
 
+def test_one_rank_needs_no_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "placement.json", 2, GOOD)
+    with pytest.raises(UserError, match=r"is for 2: set `layout\.placement=null`"):
+        read_placement(path, MODEL, 1)
+
+
 def test_chosen_experts_sit_last_on_the_rank_that_the_file_says(tmp_path: Path) -> None:
     (tmp_path / "chosen.json").write_text('{"experts": {"1": [0, 5], "2": []}}')
     file = written(

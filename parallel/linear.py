@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate, islice, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from parallel.collectives import Group, group_rank, group_size
 from parallel.shards import Cut, mark_cut, mark_experts
 
-Queue = deque[Callable[[], None]]  # what is yet to be done, the oldest first
+
+class Queue(deque[Callable[[], None]]):
+    """What is yet to be done, the oldest first. While it is not open everything is done at once."""
+
+    is_open = True
+
 
 _queue: ContextVar[Queue | None] = ContextVar("_queue", default=None)
 
@@ -46,14 +51,14 @@ def queue_here() -> Queue | None:
 
 def now_or_later(queue: Queue | None, work: Callable[[], None]) -> None:
     """Do it, or put it where weights' gradients wait."""
-    if queue is None:
+    if queue is None or not queue.is_open:
         work()
     else:
         queue.append(work)
 
 
-def add_weight_gradient(weight: Tensor, index: int | None, grad: Tensor, rows: Tensor) -> None:
-    """Add grad^T rows, [O, I] from [..., O] and [..., I], to the gradient buffer of a weight."""
+def add_weight_gradient(weight: Tensor, index: int | slice | None, grad: Tensor, rows: Tensor) -> None:
+    """Add grad^T rows, [O, I] from [..., O] and [..., I], to the gradient buffer of a weight or of a part."""
     target = weight.main_grad if index is None else weight.main_grad[index]  # type: ignore[attr-defined]
     grad, rows = grad.flatten(0, -2), rows.flatten(0, -2)
     if target.dtype == grad.dtype:
@@ -89,7 +94,7 @@ class _GroupedProduct(torch.autograd.Function):
         assert sum(counts) == rows.shape[0], f"{sum(counts)} rows counted, {rows.shape[0]} there"
         if any(ctx.needs_input_grad[2:]):
             ctx.save_for_backward(rows)
-        ctx.stacks, ctx.segments, ctx.queue = stacks, _segments(counts, stacks), queue_here()
+        ctx.stacks, ctx.segments, ctx.queue = stacks, segments_of(counts, stacks), queue_here()
         out = rows.new_empty(rows.shape[0], stacks[0].shape[1])
         for weight, segments in zip(stacks, ctx.segments, strict=True):
             for expert, begin, end in segments:
@@ -127,7 +132,7 @@ def _add_expert_gradients(weight: Tensor, segments: Segments, grad: Tensor, rows
         add_weight_gradient(weight, expert, grad[begin:end], rows[begin:end])
 
 
-def _segments(counts: Sequence[int], stacks: Sequence[Tensor]) -> list[Segments]:
+def segments_of(counts: Sequence[int], stacks: Sequence[Tensor]) -> list[Segments]:
     """The experts of each stack that have rows; rows and counts run through the stacks in turn."""
     assert len(counts) == sum(map(len, stacks)), f"{len(counts)} counts for {sum(map(len, stacks))} experts"
     ends = list(accumulate(counts, initial=0))
@@ -163,6 +168,23 @@ def _part_shape(num_outputs: int, num_inputs: int, cut: Cut) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def grouped_linear(rows: Tensor, counts: Sequence[int], *stacks: Tensor) -> Tensor:
+    """Rows [N, I] in expert order, `counts[i]` for expert i of the stacks [e, O, I] in turn -> [N, O]."""
+    return _GroupedProduct.apply(rows, counts, *stacks)
+
+
+class Products(Protocol):
+    """Who makes a layer's products instead of the two functions above, under the same rules (fp8.py)."""
+
+    def linear(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """As `linear`."""
+        ...
+
+    def grouped_linear(self, rows: Tensor, counts: Sequence[int], *stacks: Tensor) -> Tensor:
+        """As `grouped_linear`."""
+        ...
+
+
 class Linear(nn.Module):
     """A weight [O, I] without bias, or this rank's part of it."""
 
@@ -174,10 +196,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(_part_shape(num_outputs, num_inputs, cut), dtype=dtype))
         mark_cut(self.weight, cut)
         self.lora: nn.Module | None = None
+        self.fp8: Products | None = None
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        out = linear(rows, self.weight)
+        out = (self.fp8.linear if self.fp8 else linear)(rows, self.weight)
         return out if self.lora is None else out + self.lora(rows)
 
 
@@ -209,6 +232,7 @@ class GroupedLinear(nn.Module):
         self.register_parameter("chosen", chosen)
         self._mark()
         self.lora: nn.Module | None = None
+        self.fp8: Products | None = None
 
     def _mark(self) -> None:
         rest = len(self.weight)
@@ -223,8 +247,12 @@ class GroupedLinear(nn.Module):
         super().__setstate__(state)
         self._mark()
 
+    @property
+    def stacks(self) -> tuple[nn.Parameter, ...]:
+        """The experts' weights in the order of their rows, in one stack or two."""
+        return (self.weight,) if self.chosen is None else (self.weight, self.chosen)
+
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows [N, I] in expert order, `counts[i]` of them for local expert i, -> [N, O]."""
-        stacks = (self.weight,) if self.chosen is None else (self.weight, self.chosen)
-        out: Tensor = _GroupedProduct.apply(rows, counts, *stacks)
+        out = (self.fp8.grouped_linear if self.fp8 else grouped_linear)(rows, counts, *self.stacks)
         return out if self.lora is None else out + self.lora(rows, counts)

@@ -12,9 +12,8 @@ On NCCL reductions and gathers are in place and overlap with compute; without co
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,12 @@ from parallel.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from parallel.runs import runs
 
 BUCKET_BYTES = 256 * 2**20  # of fp32 gradients; only a larger parameter makes a larger bucket
 _NORM_ELEMENTS = 2**24  # of a gradient that are widened to fp64 at a time
 _ALIGNMENT = 64  # elements: 128 bytes of bf16, what vectorised kernels and NCCL like best
 
-Item = TypeVar("Item")
 Named = tuple[tuple[str, nn.Parameter], ...]
 
 
@@ -260,20 +259,6 @@ def _split(named: Named, limit: int) -> Iterator[Named]:
         alike = [(name, parameter) for name, parameter in trainable if parameter.dtype == dtype]
         for run in runs(alike, lambda pair: 4 * pair[1].numel(), limit):
             yield tuple(run)
-
-
-def runs(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Items in order, in runs whose sizes add up to at most `limit`; a larger item is a run by itself."""
-    run: list[Item] = []
-    total = 0
-    for item in items:
-        if run and total + size(item) > limit:
-            yield run
-            run, total = [], 0
-        run.append(item)
-        total += size(item)
-    if run:
-        yield run
 
 
 def _move_to_buffer(parameter: Tensor) -> None:

@@ -159,9 +159,9 @@ class _Bench:
         return _slowest(self._exchange)
 
     def _exchange(self) -> None:
-        for width, splits in self._exercise.exchanges:
+        for shape, splits in self._exercise.exchanges:
             for each in (splits, splits.reversed()):
-                start_all_to_all(torch.zeros(sum(each.send), width), each).wait()
+                start_all_to_all(torch.zeros(sum(each.send), *shape), each).wait()
 
 
 def _slowest(work: Callable[[], Any]) -> float:

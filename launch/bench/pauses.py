@@ -19,7 +19,7 @@ from parallel.collectives import Splits
 from parallel.linear import now_or_later, queue_here
 from parallel.pipeline.tape import Arrival, Recorder
 
-HEAVY = ("_attend", "_dense", "_run_experts")  # phases of a layer with nearly all its products
+HEAVY = ("_attend", "_dense", "_run_here", "_run_arrived")  # phases of a layer with nearly all its products
 
 
 class _Pause(torch.autograd.Function):
@@ -47,7 +47,7 @@ class Exercise:
 
     pause_seconds: float = 0.0
     wireless: bool = False
-    exchanges: list[tuple[int, Splits]] = field(default_factory=list)
+    exchanges: list[tuple[torch.Size, Splits]] = field(default_factory=list)
 
 
 class Paused:
@@ -69,7 +69,7 @@ class Paused:
 
     def exchange(self, rows: Tensor, splits: Splits) -> Arrival:
         """As on the tape, and listed; without a wire, as many other rows come at once."""
-        self._exercise.exchanges.append((rows.shape[1], splits))
+        self._exercise.exchanges.append((rows.shape[1:], splits))
         if not self._exercise.wireless:
             return self._tape.exchange(rows, splits)
         count = sum(splits.receive)
@@ -84,7 +84,7 @@ class Paused:
 
 def _resized(rows: Tensor, count: int) -> Tensor:
     missing = max(0, count - rows.shape[0])
-    return torch.cat([rows[:count], rows.new_zeros(missing, rows.shape[1])])
+    return torch.cat([rows[:count], rows.new_zeros(missing, *rows.shape[1:])])
 
 
 def _later(function: Callable[..., Any], seconds: float, *inputs: Any) -> Any:

@@ -27,8 +27,8 @@ from parallel.assembly import Assembly, Finish, Part, PlannedFile
 from parallel.errors import UserError
 from parallel.files import durable_file, sha256_of
 from parallel.rectangles import Rectangle
+from parallel.runs import runs
 from parallel.shards import Piece
-from parallel.zero import runs
 
 SHARD_BYTES = 5 * 10**9
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import ModelGroups, Splits, Wire, group_rank, group_size, start_all_to_all
+from parallel.grouped import IN_ORDER, Order, take_rows
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,25 @@ class Plan:
         """Token of each row."""
         return self.order_N // self.slot_TK.shape[1]
 
+    @property
+    def order(self) -> Order:
+        """Rows as copies of tokens."""
+        return Order(self.token_N, self.slot_TK)
 
-def make_plan(
-    experts_TK: Tensor, weights_TK: Tensor, num_experts: int, capacity_factor: float | None
-) -> Plan:
-    """Order assignments by expert; `experts_TK` holds E where there is nothing to send.
 
-    With a capacity factor c, an expert takes at most ceil(c * valid tokens * K / E) of these rows,
-    those with the greatest weights.
-    """
+@dataclass(frozen=True)
+class Routed:
+    """What the routed experts gave to one rank's tokens, and what was sent to them."""
+
+    output: Tensor  # [T, D]: each token's rows, weighed and added up
+    rows_E: Tensor  # int64: rows for each seat
+    rows_M: Tensor | None  # int64: rows for each node, where these were sent first
+    span: tuple[Any, Any]  # moments at which this rank's experts began and ended their forward
+
+
+def make_plan(experts_TK: Tensor, num_experts: int) -> Plan:
+    """Order assignments by expert; `experts_TK` holds E where there is nothing to send."""
     flat = experts_TK.flatten()
-    if capacity_factor is not None:
-        flat = _within_capacity(flat, weights_TK.detach().flatten(), num_experts, capacity_factor)
     rows_E = torch.bincount(flat, minlength=num_experts + 1)[:-1]
     sent = tuple(rows_E.tolist())
     order_N = flat.argsort(stable=True)[: sum(sent)]
@@ -52,30 +60,34 @@ def make_plan(
     return Plan(order_N, slot.view_as(experts_TK), rows_E, sent)
 
 
-def _within_capacity(flat: Tensor, weights: Tensor, num_experts: int, factor: float) -> Tensor:
+def within_capacity(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float) -> Tensor:
+    """The chosen experts with E in place of what is dropped.
+
+    Of T tokens that are valid an expert takes at most ceil(factor * T * K / E) rows, those with the
+    greatest weights.
+    """
+    flat, weights = experts_TK.flatten(), weights_TK.detach().flatten()
     by_weight = weights.argsort(descending=True, stable=True)
     order = by_weight[flat[by_weight].argsort(stable=True)]
     rows = torch.bincount(flat, minlength=num_experts + 1)
     place = torch.arange(len(flat), device=flat.device) - (rows.cumsum(0) - rows)[flat[order]]
     capacity = math.ceil(factor * int(rows[:-1].sum()) / num_experts - 1e-9)  # 1.1 * 80 / 8 is 11
-    return flat.index_fill(0, order[place >= capacity], num_experts)
+    return flat.index_fill(0, order[place >= capacity], num_experts).view_as(experts_TK)
 
 
 @dataclass(frozen=True)
 class Delivery:
     """What arrives at this rank: splits of the exchange, rows per local expert, and their order.
 
-    Rows arrive by source rank, then expert; `order_N` brings them into expert order, `slot_N1` back.
-    Both are None where the arrival order is expert order already. Where experts are cut over `etp`,
-    every rank of that group needs the rows of all: `shared` are the splits by which each sends its own
-    to all, and rows then lie by etp source, source, expert.
+    Rows arrive by source rank, then expert; `order` brings them into expert order and back. Where experts
+    are cut over `etp`, every rank of that group needs the rows of all: `shared` are the splits by which each
+    sends its own to all, and rows then lie by etp source, source, expert.
     """
 
     splits: Splits
     shared: Splits | None
     counts: tuple[int, ...]
-    order_N: Tensor | None
-    slot_N1: Tensor | None
+    order: Order
 
 
 def announce(plan: Plan, groups: ModelGroups) -> Wire:
@@ -98,7 +110,7 @@ def deliver(plan: Plan, arrived: Tensor, groups: ModelGroups) -> Delivery:
         shared = Splits((sum(splits.receive),) * parts, held, groups.etp)
     by_expert = tuple(counts.sum((0, 1)).tolist())
     if ranks * parts == 1 or num_local == 1:
-        return Delivery(splits, shared, by_expert, None, None)
+        return Delivery(splits, shared, by_expert, IN_ORDER)
     expert_N = (
         torch.arange(num_local, device=arrived.device)
         .repeat(ranks * parts)
@@ -109,57 +121,9 @@ def deliver(plan: Plan, arrived: Tensor, groups: ModelGroups) -> Delivery:
     order_N = expert_N.argsort(stable=True)
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return Delivery(splits, shared, by_expert, order_N, slot_N[:, None])
+    return Delivery(splits, shared, by_expert, Order(order_N, slot_N[:, None]))
 
 
-class _TakeRows(torch.autograd.Function):
-    """rows[index]; the gradient of a row is summed over its slots, in slot order: deterministic."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index_N: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        return rows.index_select(0, index_N)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slot_TK,) = ctx.saved_tensors
-        return _gather(grads[0], slot_TK).sum(1), None, None
-
-
-def take_rows(rows: Tensor, index_N: Tensor, slot_TK: Tensor) -> Tensor:
-    """Copy rows [T, D] to [N, D] by index; `slot_TK` lists where each row went, -1 for nowhere."""
-    return _TakeRows.apply(rows, index_N, slot_TK)
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(rows, weights_TK)
-        ctx.plan = plan
-        gathered = _gather(rows, plan.slot_TK).to(weights_TK.dtype)
-        return torch.bmm(weights_TK[:, None], gathered)[:, 0].to(rows.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weights_TK = ctx.saved_tensors
-        plan, grad = ctx.plan, grads[0]
-        weights_N = weights_TK.flatten()[plan.order_N].to(grad.dtype)
-        grad_rows = grad.index_select(0, plan.token_N) * weights_N[:, None]
-        gathered = _gather(rows, plan.slot_TK).to(weights_TK.dtype)
-        grad_weights = torch.bmm(gathered, grad.to(weights_TK.dtype)[:, :, None])[:, :, 0]
-        return grad_rows, grad_weights, None
-
-
-def weighted_sum(rows: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
-    """Sum each token's rows [N, D] by its weights: [T, D]; an assignment without a row adds nothing."""
-    return _WeightedSum.apply(rows, weights_TK, plan)
-
-
-def _gather(rows: Tensor, slot_TK: Tensor) -> Tensor:
-    """rows[slot], zero where the slot is -1: [T, K, D]."""
-    if rows.shape[0] == slot_TK.numel():
-        return rows.index_select(0, slot_TK.flatten()).unflatten(0, slot_TK.shape)
-    if rows.shape[0] == 0:
-        return rows.new_zeros(*slot_TK.shape, rows.shape[1])
-    gathered = rows.index_select(0, slot_TK.flatten().clamp_min(0)).unflatten(0, slot_TK.shape)
-    return gathered.masked_fill((slot_TK < 0)[..., None], 0)
+def spread(hidden: Tensor, weights_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The rows [N, D] of hidden states [..., D], as they are sent, and the weight [N] of each."""
+    return take_rows(hidden.flatten(0, -2), plan.order), weights_TK.flatten().index_select(0, plan.order_N)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.model.mlp import swiglu
+from parallel.activation import TILED, Activation, swiglu
 from parallel.collectives import ModelGroups, group_rank, group_size
+from parallel.grouped import Order, gated_experts, sum_rows, take_rows
 from parallel.linear import GroupedLinear, by_inputs, by_outputs
 
 
@@ -59,12 +60,23 @@ class Experts(nn.Module):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         held, num_chosen = placement.held(group_size(groups.ep), group_rank(groups.ep))
         halves, inputs = by_outputs(groups.etp, sections=2), by_inputs(groups.etp)
+        self.activation: Activation = TILED
         self.gate_up = GroupedLinear(held, hidden, 2 * width, dtype, halves, num_chosen=num_chosen)
         self.down = GroupedLinear(held, width, hidden, dtype, inputs, num_chosen=num_chosen)
 
-    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows [N, D], `counts[i]` of them for local expert i, in that order -> [N, D].
+    def forward(self, source: Tensor, weights_N: Tensor, order: Order, counts: Sequence[int]) -> Tensor:
+        """Rows [S, D] -> [S, D], each the sum of what its experts make of it, weighed.
 
-        With `etp` the result is this rank's part of a sum.
+        `order` tells which rows in expert order are copies of which, `counts[i]` of them for local expert
+        i; their weights [N] are in fp32. With `etp` the result is this rank's part of a sum.
         """
-        return self.down(swiglu(self.gate_up(rows, counts)), counts)
+        gate_up, down = self.gate_up, self.down
+        if gate_up.lora is None and down.lora is None and gate_up.fp8 is None:
+            stacks = gate_up.stacks, down.stacks
+            if source.is_cuda:
+                from parallel.grouped_cuda import gated_experts as gated_on_cuda  # needs Triton
+
+                return gated_on_cuda(source, weights_N, order, counts, *stacks)
+            return gated_experts(source, weights_N, order, counts, *stacks, self.activation)
+        rows = take_rows(source, order)
+        return sum_rows(down(swiglu(gate_up(rows, counts), weights_N, self.activation), counts), order)

@@ -1,17 +1,11 @@
 """SwiGLU: down(silu(gate(x)) * up(x)). Gate and up are one product, gate rows first."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.activation import TILED, Activation, swiglu
 from parallel.collectives import Group, gather_sequence, scatter_sum
 from parallel.linear import Linear, by_inputs, by_outputs
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F], gate then up, -> [..., F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -22,10 +16,11 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
+        self.activation: Activation = TILED
         self.gate_up = Linear(hidden_size, 2 * width, dtype, by_outputs(group, sections=2))
         self.down = Linear(width, hidden_size, dtype, by_inputs(group))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, s, D] -> [B, s, D], this rank's stretch of the sequence."""
         whole = gather_sequence(hidden, self.group)
-        return scatter_sum(self.down(swiglu(self.gate_up(whole))), self.group)
+        return scatter_sum(self.down(swiglu(self.gate_up(whole), by=self.activation)), self.group)

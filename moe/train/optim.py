@@ -12,8 +12,9 @@ import torch
 
 from moe.config import OptimConfig
 from moe.train.adam import fused_adam
+from parallel.runs import runs
 from parallel.shards import Piece, pieces
-from parallel.zero import Segment, runs
+from parallel.zero import Segment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")

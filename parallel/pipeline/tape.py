@@ -7,7 +7,8 @@ reverse exchange. The backward is a generator too, and yields when all that is l
 the wire. Nothing is kept on a module: two microbatches can be in flight at once.
 
 Weight gradients are nobody's input, so the backward leaves them for when it waits for the wire, for a
-unit later at most, and the last ones, or all, to `weights`.
+unit later at most, and the last ones, or all, to `weights`. Where there is no wire to wait for it makes
+them at once, while what they are made of is in the cache.
 
 A model names its *units* (embedding, blocks, head) as it enters them. `on_enter` hears of it at once, to
 wait for parameters that are still being gathered; `on_leave` hears of it in the backward when the unit's
@@ -17,7 +18,7 @@ gradients are whole, to begin their reduction.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -162,7 +163,7 @@ class Tape:
     ) -> None:
         self._records: dict[int, _Compute | _Exchange | _Unit] = {}  # by their number, in order
         self._recompute, self._on_enter, self._on_leave = recompute, on_enter, on_leave
-        self._later: Queue = deque()  # weight gradients, and the leaving of units whose last ones they are
+        self._later = Queue()  # weight gradients, and the leaving of units whose last ones they are
         self._left = 0  # units that are left in that queue
 
     def _record(self, record: _Compute | _Exchange | _Unit) -> None:
@@ -199,12 +200,16 @@ class Tape:
             _add_gradient(value, seed)
 
     def backward(self, *, weights_apart: bool = False) -> Steps:
-        """Walk the records backwards. With `weights_apart` no weight gradient is made on the way.
+        """Walk the records backwards. With `weights_apart` no weight gradient is made on the way,
+        except what puts none off (parallel/head.py).
 
         The order depends on the records alone, never on timing, so that stepping this generator
         beside another one changes no bit of any gradient.
         """
-        readers = Counter(id(leaf) for record in self._records.values() for leaf in record.inputs)
+        records = self._records.values()
+        readers = Counter(id(leaf) for record in records for leaf in record.inputs)
+        waits = any(isinstance(record, _Exchange) and record.splits.group for record in records)
+        self._later.is_open = weights_apart or waits
         in_flight: list[tuple[int, Tensor, Wire]] = []
         while self._records:
             number = self._last_ready(readers, in_flight)
@@ -212,8 +217,9 @@ class Tape:
                 if not weights_apart:
                     self.weights()
                 yield
-                _, leaf, wire = in_flight.pop(0)
-                _add_gradient(leaf, wire.wait())
+                while in_flight and self._last_ready(readers, in_flight) is None:
+                    _, leaf, wire = in_flight.pop(0)
+                    _add_gradient(leaf, wire.wait())
                 continue
             record = self._records.pop(number)
             readers.subtract(id(leaf) for leaf in record.inputs)

@@ -1,6 +1,5 @@
 """Products with weights: results, gradients, and where the weight gradient goes."""
 
-from collections import deque
 from contextlib import nullcontext
 
 import pytest
@@ -178,7 +177,7 @@ def test_a_group_cuts_by_rank_and_none_does_not_cut() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_deferred_gradient_is_the_same(grouped: bool) -> None:
     at_once, later = (filled(GroupedLinear(range(4), 6, 3) if grouped else Linear(6, 3)) for _ in range(2))
-    queue: Queue = deque()
+    queue = Queue()
     rows, upstream = torch.randn(1, 5, 6, requires_grad=True), torch.randn(1, 5, 3)
     for layer in (at_once, later):
         buffers(layer, single())

@@ -1,7 +1,6 @@
 """An adapter is what autograd makes of a weight W + scale x up down, and its base gets no gradient."""
 
 import copy
-from collections import deque
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_equals_the_written_out_weight(grouped: bool, how: str) -> None:
     )
     if how != "grad":
         buffers(layer, single())
-    queue: Queue = deque()
+    queue = Queue()
     if how == "deferred":
         with deferring(queue):
             made = run(layer, rows, grouped)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.linear import GroupedLinear, Linear
-from parallel.zero import ParameterSet, Zero, runs
+from parallel.runs import runs
+from parallel.zero import ParameterSet, Zero
 from tests.parallel.replicas import (
     SPECS,
     UNITS,

@@ -69,8 +69,7 @@ def test_torch_counts_the_same(config: ModelConfig, monkeypatch: pytest.MonkeyPa
 
     Torch counts products alone, and causal attention in full: blocks of one query leave only what is seen.
     What differs has its reasons: embeddings copy rows without a product; the last token of a sequence has
-    none ahead for an MTP module's experts; outputs of experts are mixed by a product, and backward by one
-    more; and attention's backward makes the scores again.
+    none ahead for an MTP module's experts; and attention's backward makes the scores again.
     """
     monkeypatch.setattr(attention_layer, "attend", causal)
     monkeypatch.setattr(attention, "BLOCK", 1)
@@ -80,10 +79,9 @@ def test_torch_counts_the_same(config: ModelConfig, monkeypatch: pytest.MonkeyPa
     assert tokens * train_flops_per_token(config, LENGTH) == 3 * costs
     copied = tokens * (1 + num_mtp) * hidden
     missing = SEQUENCES * num_mtp * config.top_k * 2 * 3 * hidden * config.moe_intermediate_size
-    mixed = tokens * (num_blocks - config.num_dense_layers) * 2 * config.top_k * hidden
     scores = tokens * num_blocks * (LENGTH + 1) * config.num_heads * config.qk_head_dim
     products = costs - copied - missing
-    assert counted(config) == (products + mixed, 2 * products + mixed + scores)
+    assert counted(config) == (products, 2 * products + scores)
 
 
 @pytest.mark.parametrize("component", get_args(Component))

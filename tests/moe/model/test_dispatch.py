@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.model.dispatch import Plan, announce, deliver, make_plan, take_rows, weighted_sum
+from moe.model.dispatch import Plan, announce, deliver, make_plan, within_capacity
 from parallel.collectives import ALONE, ModelGroups, Splits, all_to_all, group_rank
+from parallel.grouped import sum_rows, take_rows
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from tests.ranks import run_ranks
@@ -37,8 +38,8 @@ def check(plan: Plan, chosen: Tensor) -> None:
 
 
 def test_every_assignment_has_a_row_in_expert_order_and_padding_none() -> None:
-    chosen, weights = choice(0)
-    plan = make_plan(chosen, weights, NUM_EXPERTS, None)
+    chosen, _ = choice(0)
+    plan = make_plan(chosen, NUM_EXPERTS)
     check(plan, chosen)
     assert torch.equal(plan.slot_TK == -1, chosen == NUM_EXPERTS)
     for expert in range(NUM_EXPERTS):  # within an expert, rows stand in token order
@@ -47,16 +48,17 @@ def test_every_assignment_has_a_row_in_expert_order_and_padding_none() -> None:
 
 
 def test_nothing_but_padding() -> None:
-    plan = make_plan(torch.full((4, TOP_K), NUM_EXPERTS), torch.rand(4, TOP_K), NUM_EXPERTS, 1.0)
+    nowhere = torch.full((4, TOP_K), NUM_EXPERTS)
+    plan = make_plan(within_capacity(nowhere, torch.rand(4, TOP_K), NUM_EXPERTS, 1.0), NUM_EXPERTS)
     assert not plan.rows_E.any() and len(plan.order_N) == 0 and (plan.slot_TK == -1).all()
-    rows = weighted_sum(torch.zeros(0, 5, requires_grad=True), torch.rand(4, TOP_K), plan)
+    rows = sum_rows(torch.zeros(0, 5, requires_grad=True), plan.order)
     assert rows.shape == (4, 5) and not rows.any()
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 100.0])
 def test_capacity_keeps_the_heaviest_rows_of_each_expert(factor: float) -> None:
     chosen, weights = choice(1, favourites=4)
-    plan = make_plan(chosen, weights, NUM_EXPERTS, factor)
+    plan = make_plan(within_capacity(chosen, weights, NUM_EXPERTS, factor), NUM_EXPERTS)
     check(plan, chosen)
     valid = (chosen[:, 0] < NUM_EXPERTS).sum().item()
     capacity = math.ceil(factor * valid * TOP_K / NUM_EXPERTS)
@@ -79,45 +81,42 @@ def test_spread_and_combine_equal_plain_indexing(padded: bool) -> None:
         chosen, weights = chosen[1:5], weights[1:5]
     num_tokens = len(chosen)
     hidden = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
-    weights = weights.double().requires_grad_()
-    plan = make_plan(chosen, weights, NUM_EXPERTS, 1.0 if padded else None)
+    kept = within_capacity(chosen, weights, NUM_EXPERTS, 1.0) if padded else chosen
+    plan = make_plan(kept, NUM_EXPERTS)
     scale = torch.linspace(1, 2, len(plan.order_N), dtype=torch.float64)[:, None]  # stands for the experts
 
     def ours() -> Tensor:
-        return weighted_sum(take_rows(hidden, plan.token_N, plan.slot_TK) * scale, weights, plan)
+        return sum_rows(take_rows(hidden, plan.order) * scale, plan.order)
 
     def plain() -> Tensor:
         out = []
         for t in range(num_tokens):
-            slots = [(k, s) for k, s in enumerate(plan.slot_TK[t].tolist()) if s >= 0]
-            rows = [weights[t, k] * (hidden[t] * scale[s]) for k, s in slots]
+            rows = [hidden[t] * scale[s] for s in plan.slot_TK[t].tolist() if s >= 0]
             out.append(sum(rows, torch.zeros(6, dtype=torch.float64)))
         return torch.stack(out)
 
     torch.testing.assert_close(ours(), plain())
     upstream = torch.randn(num_tokens, 6, dtype=torch.float64)
-    mine = torch.autograd.grad(ours(), (hidden, weights), upstream)
-    theirs = torch.autograd.grad(plain(), (hidden, weights), upstream)
-    for found, expected in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(found, expected)
+    mine, theirs = (torch.autograd.grad(made, hidden, upstream)[0] for made in (ours(), plain()))
+    torch.testing.assert_close(mine, theirs)
 
 
-def route_home(chosen: Tensor, weights: Tensor, groups: ModelGroups) -> tuple[Tensor, Plan]:
+def route_home(chosen: Tensor, groups: ModelGroups) -> tuple[Tensor, Plan]:
     """Rows [token, expert] through dispatch to the experts and back; what came back, in sending order."""
-    plan = make_plan(chosen, weights, NUM_EXPERTS, None)
+    plan = make_plan(chosen, NUM_EXPERTS)
     delivery = deliver(plan, announce(plan, groups).wait(), groups)
     rows = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
     arrived = all_to_all(rows, delivery.splits)
     assert (delivery.shared is None) == (groups.etp is None)
     shared = delivery.shared or Splits((len(arrived),), (len(arrived),), None)
     gathered = all_to_all(arrived.repeat(len(shared.send), 1), shared)
-    in_order = gathered if delivery.order_N is None else gathered[delivery.order_N]
+    in_order = take_rows(gathered, delivery.order)
     begin, first = 0, group_rank(groups.ep) * len(delivery.counts)
     for local, count in enumerate(delivery.counts):
         assert (in_order[begin : begin + count, 1] == first + local).all()
         begin += count
     assert begin == len(gathered)
-    home = in_order if delivery.slot_N1 is None else in_order[delivery.slot_N1[:, 0]]
+    home = sum_rows(in_order, delivery.order)
     assert torch.equal(home, gathered)
     summands = all_to_all(home, shared.reversed()).unflatten(0, (len(shared.send), -1))
     assert all(torch.equal(summand, arrived) for summand in summands)
@@ -125,10 +124,10 @@ def route_home(chosen: Tensor, weights: Tensor, groups: ModelGroups) -> tuple[Te
 
 
 def deliver_everywhere(rank: int, world_size: int, layout: Layout, favourites: int) -> tuple[int, int]:
-    chosen, weights = choice(rank, favourites=favourites)
+    chosen, _ = choice(rank, favourites=favourites)
     if rank == world_size - 1:
         chosen.fill_(NUM_EXPERTS)  # a rank that sends nothing
-    back, plan = route_home(chosen, weights, build_groups(layout))
+    back, plan = route_home(chosen, build_groups(layout))
     sent = torch.stack((plan.token_N, chosen.flatten()[plan.order_N]), 1)
     assert torch.equal(back, sent)
     return len(sent), int((chosen < NUM_EXPERTS).sum())
@@ -158,6 +157,6 @@ def test_rows_meet_their_experts_and_come_home(layout: Layout, favourites: int) 
 
 
 def test_alone_every_row_is_at_home() -> None:
-    chosen, weights = choice(0)
-    back, plan = route_home(chosen, weights, ALONE)
+    chosen, _ = choice(0)
+    back, plan = route_home(chosen, ALONE)
     assert torch.equal(back[:, 0], plan.token_N)

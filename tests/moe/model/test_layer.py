@@ -68,6 +68,9 @@ LAYOUTS = [
     Layout(tp=2, dp=2, ep=2, etp=2),
     Layout(cp=2),
     Layout(tp=2, cp=2, ep=4),
+    Layout(dp=4, ep=4, node=2),
+    Layout(tp=2, cp=2, ep=4, node=1),
+    Layout(dp=4, ep=2, etp=2, node=2),
 ]
 WHOLE_SEQUENCES = [layout for layout in LAYOUTS if layout.tp * layout.cp == 1]
 CUT_SEQUENCES = [layout for layout in LAYOUTS if layout.tp * layout.cp > 1]
@@ -156,6 +159,7 @@ def cut(case: Case, groups: Groups) -> RankResult:
     zero, tape = buffers(model, groups), Tape(recompute=case.real is not None)
     output, load = step(model["moe"], tape, inputs, 1 / groups.layout.dp)
     run(tape.backward())
+    tape.weights()
     owned = owned_gradients(zero)
     assert hidden.grad is not None
     return RankResult(Result(output, hidden.grad, load), owned, norm_of(zero))
@@ -211,7 +215,9 @@ def assert_same_sums(loads: list[LayerLoad], whole: LayerLoad) -> None:
 
 
 def label(value: object) -> object:
-    return value.describe() if isinstance(value, Layout) else value
+    if not isinstance(value, Layout):
+        return value
+    return value.describe() + (f"·nodes of {value.node}" if value.node else "")
 
 
 EVERYWHERE = [(layout, name) for layout in LAYOUTS for name in cases_of(layout)]
@@ -456,16 +462,21 @@ def listen(rank: int, world_size: int) -> list[str]:
 
 
 def test_shared_experts_run_while_rows_travel_forward_and_backward() -> None:
-    forward = ["start", "shared", "wait", "experts", "start", "wait"]
-    backward = ["start", "shared backward", "wait", "experts backward", "start", "wait"]
+    forward = ["start", "start", "shared", "wait", "wait", "experts", "start", "wait"]  # rows and weights
+    backward = ["start", "shared backward", "wait", "experts backward", "start", "start", "wait", "wait"]
     assert run_ranks(2, listen) == [forward + backward] * 2
 
 
+def count_yields(rank: int, world_size: int) -> int:
+    groups = build_groups(Layout(dp=world_size, ep=world_size)) if world_size > 1 else ALONE
+    hidden, _, valid = data(CASES["sigmoid"], rank)
+    return sum(1 for _ in build(CASES["sigmoid"], groups)["moe"].phases(Tape(), hidden, valid))
+
+
 def test_the_layer_yields_whenever_its_rows_are_on_the_wire() -> None:
-    """Before the counts, the dispatched and the returned rows are waited for: a schedule's openings."""
-    case = CASES["sigmoid"]
-    hidden, _, valid = data(case, 0)
-    assert sum(1 for _ in build(case)["moe"].phases(Tape(), hidden, valid)) >= 2
+    """While the dispatched and the returned rows travel: a schedule's openings. Alone there are none."""
+    assert run_ranks(2, count_yields) == [2, 2]
+    assert count_yields(0, 1) == 0
 
 
 def test_bf16_layer_routes_in_fp32_and_returns_bf16() -> None:

@@ -173,6 +173,14 @@ def test_backward_computes_what_it_can_and_yields_when_only_the_wire_is_left() -
     assert log == ["after", "beside", "yield", "before"]
 
 
+def test_a_backward_yields_once_for_what_travels_together() -> None:
+    tape, alone = Tape(), Splits((2,), (2,), None)
+    sent = tape.compute(lambda rows: (rows * 2, rows * 3), torch.ones(2, requires_grad=True))
+    arrived = [arrival.wait() for arrival in [tape.exchange(rows, alone) for rows in sent]]
+    tape.root(tape.compute(lambda *rows: sum(rows).sum(), *arrived), 1.0)
+    assert len(list(tape.backward())) == 1
+
+
 def test_a_backward_is_walked_once() -> None:
     tape, weight = Tape(), nn.Parameter(torch.ones(()))
     tape.root(tape.compute(lambda: weight * 3), 1.0)

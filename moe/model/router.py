@@ -93,7 +93,13 @@ class Router(nn.Module):
 
     def choose(self, choice_TE: Tensor) -> Tensor:
         """The chosen experts [T, K], in no order, by scores [T, E] that hold the bias where there is one."""
-        return self._group_limited(choice_TE).topk(self.config.top_k, dim=-1, sorted=False).indices
+        config = self.config
+        if choice_TE.is_cuda:
+            from parallel.kernels.top_k import top_k_in_groups  # needs Triton
+
+            best = 1 if config.group_score == "max" else 2
+            return top_k_in_groups(choice_TE, config.top_k, config.num_groups, config.top_groups, best)
+        return self._group_limited(choice_TE).topk(config.top_k, dim=-1, sorted=False).indices
 
     def _weights(self, chosen_TK: Tensor) -> Tensor:
         config = self.config

@@ -32,6 +32,7 @@ class Case:
 
     layout: LayoutConfig
     recompute: Recompute
+    node: int | None = None  # ranks of a node, where rows make two hops
 
     @property
     def degrees(self) -> Layout:
@@ -46,6 +47,7 @@ class Case:
             ep=config.ep,
             etp=config.etp,
             both_ways=FORMS[config.schedule].both_ways,
+            node=self.node,
         )
 
     @property
@@ -56,10 +58,11 @@ class Case:
     @property
     def schedule(self) -> str:
         """The order of the work, as in ``1f1b overlap``; without stages ``overlap`` or ``serial``."""
+        name, overlap = self.layout.schedule, self.layout.overlap
+        words = [name, "overlap"] if FORMS[name].overlaps and overlap else [str(name)]
         if self.layout.pp == 1:
-            return "overlap" if self.layout.overlap else "serial"
-        name = self.layout.schedule
-        return f"{name} overlap" if FORMS[name].overlaps and self.layout.overlap else name
+            words = ["overlap" if overlap else "serial"]
+        return " ".join(words + ["two-hop"] * (self.node is not None))
 
     def describe(self) -> str:
         """The case in words."""
@@ -67,7 +70,10 @@ class Case:
 
     def config(self, base: RunConfig) -> RunConfig:
         """A run's settings with this layout and recomputation."""
-        return replace(base, layout=self.layout, train=replace(base.train, recompute=self.recompute))
+        config = replace(base, layout=self.layout, train=replace(base.train, recompute=self.recompute))
+        if self.node is None:
+            return config
+        return replace(config, cluster=replace(base.cluster, gpus_per_node=self.node))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,8 @@ def single(config: RunConfig, world_size: int | None) -> Case:
             f"{config.model.capacity_factor}: set it to null, since no such layout can equal one rank where "
             "each rank drops from the tokens it holds"
         )
-    return Case(layout=replace(config.layout, dp=layout.dp), recompute=config.train.recompute)
+    wanted = replace(config.layout, dp=layout.dp)
+    return Case(layout=wanted, recompute=config.train.recompute, node=layout.node)
 
 
 def sweep(config: RunConfig, world_size: int, *, full: bool) -> tuple[list[Case], dict[str, int]]:
@@ -137,6 +144,13 @@ def _cases(config: RunConfig, layout: Layout, number: int, full: bool) -> Iterat
         if fitted is not None:
             for recompute in RECOMPUTE if full else (RECOMPUTE[(number + index) % 2],):
                 yield Case(layout=fitted, recompute=recompute)
+    if layout.ep % 2 == 0 and layout.ep > 2:  # two nodes, of several ranks each
+        node = layout.ep * layout.etp // 2
+        near = replace(config, cluster=replace(config.cluster, gpus_per_node=node))
+        fitted = _fit(near, LayoutConfig(**layout.degrees, dispatch="two_hop"))
+        if fitted is not None:
+            for recompute in RECOMPUTE if full else (RECOMPUTE[number % 2],):
+                yield Case(layout=fitted, recompute=recompute, node=node)
 
 
 def _fit(config: RunConfig, layout: LayoutConfig) -> LayoutConfig | None:

@@ -82,7 +82,7 @@ def single() -> Groups:
 
 
 _ATTENTION = ("tp", "cp", "dp", "pp")  # of several axes the first varies fastest
-_EXPERTS = ("etp", "ep", "expert_dp", "pp")
+_EXPERTS = ("etp", "ep_node", "ep_rail", "expert_dp", "pp")
 _ATTENTION_GROUPS = {
     "tp": ["tp"],
     "cp": ["cp"],
@@ -95,11 +95,20 @@ _ATTENTION_GROUPS = {
 }
 _EXPERT_GROUPS = {
     "etp": ["etp"],
-    "ep": ["ep"],
-    "ep_etp": ["etp", "ep"],
+    "ep": ["ep_node", "ep_rail"],
+    "ep_etp": ["etp", "ep_node", "ep_rail"],
     "expert_dp": ["expert_dp"],
     "etp_expert_dp": ["etp", "expert_dp"],
 }
+_HOP_GROUPS = {
+    "ep_rail": ["ep_rail"],
+    "ep_node": ["ep_node"],
+    "ep_etp_node": ["etp", "ep_node"],
+}
+
+
+def _expert_groups(layout: Layout) -> dict[str, list[str]]:
+    return _EXPERT_GROUPS if layout.node is None else _EXPERT_GROUPS | _HOP_GROUPS
 
 
 def build_groups(layout: Layout) -> Groups:
@@ -108,7 +117,7 @@ def build_groups(layout: Layout) -> Groups:
         return single()
     assert dist.get_world_size() == layout.world_size
     made: dict[str, Any] = _build(layout, _ATTENTION, _ATTENTION_GROUPS) | _build(
-        layout, _EXPERTS, _EXPERT_GROUPS
+        layout, _EXPERTS, _expert_groups(layout)
     )
     groups = Groups(layout=layout, rank=dist.get_rank(), embedding=embedding_group(layout), **made)
     return _with_mirrors(groups) if layout.both_ways else groups
@@ -137,7 +146,7 @@ def imagine(layout: Layout, rank: int) -> Groups:
         return _silent(group_rank(group) + on_later_stage * size, 2 * size)
 
     found: dict[str, Any] = {
-        name: along(several) for name, several in (_ATTENTION_GROUPS | _EXPERT_GROUPS).items()
+        name: along(several) for name, several in (_ATTENTION_GROUPS | _expert_groups(layout)).items()
     }
     groups = Groups(layout=layout, rank=rank, **found)
     if layout.pp > 1 and is_end(layout, place):

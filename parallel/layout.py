@@ -7,6 +7,7 @@ Ranks stand in two grids at once (Parallel Folding), whose first axis varies fas
 A pipeline stage is `tp x cp x dp` neighbouring ranks, and the same ranks are `etp x ep x expert_dp`.
 With tensor parallelism the sequence is cut over `tp` too, so that every rank of a stage holds
 distinct tokens. TP, ETP and EP groups are runs of neighbours, inside a node wherever one is large enough.
+Where rows make two hops, EP is two axes, `ep_node` within a node and `ep_rail` across nodes.
 """
 
 import math
@@ -25,7 +26,8 @@ _EXPERTS = ("etp", "ep", "expert_dp", "pp")
 class Layout:
     """Degrees of tensor, context, data and pipeline parallelism; experts over `ep`, each over `etp`.
 
-    `both_ways`: pipeline rank r holds what rank pp - 1 - r, its mirror, holds too.
+    `both_ways`: pipeline rank r holds what rank pp - 1 - r, its mirror, holds too. `node`: ranks of a node,
+    of which an expert group covers several that a row enters once each; None lets rows go straight.
     """
 
     tp: int = 1
@@ -35,6 +37,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     both_ways: bool = False
+    node: int | None = None
 
     def __post_init__(self) -> None:
         for name in DEGREES:
@@ -52,6 +55,8 @@ class Layout:
                 "`layout.ep` must divide `layout.tp` x `layout.cp` x `layout.dp` / `layout.etp`, but "
                 f"{self.ep} does not divide {left}: use {alternatives(left, self.ep)}"
             )
+        if self.node is not None:
+            assert self.node % self.etp == 0 and self.ep % self.ep_node == 0 and self.ep_rail > 1
 
     @property
     def degrees(self) -> dict[str, Any]:
@@ -73,9 +78,21 @@ class Layout:
         """Ranks of a stage that hold the same part of the same experts."""
         return self.stage_size // (self.ep * self.etp)
 
+    @property
+    def ep_node(self) -> int:
+        """Ranks of an expert group that a row reaches in one hop: those of a node, or all."""
+        return self.ep if self.node is None else self.node // self.etp
+
+    @property
+    def ep_rail(self) -> int:
+        """Nodes that an expert group covers where rows make two hops, else 1."""
+        return self.ep // self.ep_node
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a global rank stands along each axis of both grids."""
-        return {**self._place(_EXPERTS, rank), **self._place(_ATTENTION, rank)}
+        place = {**self._place(_EXPERTS, rank), **self._place(_ATTENTION, rank)}
+        rail, node = divmod(place["ep"], self.ep_node)
+        return {**place, "ep_node": node, "ep_rail": rail}
 
     def _place(self, axes: tuple[str, ...], rank: int) -> dict[str, int]:
         place = {}
@@ -97,7 +114,7 @@ class Layout:
                 for first in range(0, self.world_size, size)
             }
             widest = max(last - first + 1 for first, last in nodes)
-            if getattr(self, axis) > 1 and widest > 1:
+            if getattr(self, axis) > 1 and widest > 1 and (axis != "ep" or self.node is None):
                 yield (
                     f"`layout.{axis}` groups of {size} ranks reach over {widest} nodes of {ranks_per_node}: "
                     f"their exchanges leave the fast links inside a node"

@@ -3,6 +3,10 @@
 A layer returns what it did with one microbatch; nothing is accumulated while it runs, so recomputation
 counts nothing twice. Counts are integers, added in any order; what is measured or averaged is fp64.
 Rows are those that go to the ranks of an expert group; where experts are cut, these share them further.
+A row goes from the rank that holds its token to the rank that holds its expert, whichever way it takes; where
+rows make two hops (`layout.dispatch`), what the links carried is what was sent in each hop: a row over the
+network for each node that a token reaches, and inside that node, from the rank where it arrives, one for
+each expert, which stays there or takes a fast link.
 Legend: L layers of experts, E experts, P expert-parallel ranks, D domains, T tokens, K chosen experts.
 """
 
@@ -49,7 +53,7 @@ class LayerCounts:
 
     counts: Tensor  # [E] int64: assignments of valid tokens
     rank_rows: Tensor  # [P, P] int64: rows from an expert-parallel rank to another, over all expert groups
-    links: Tensor  # [3] int64: of these, rows that stay on a rank, on a node, and that cross the network
+    links: Tensor  # [3] int64: rows that were kept on a rank, went over a node's links, and over the network
     gates: Tensor  # [E] fp64: the sum of the weights by which valid tokens chose each expert
     max_vio_microbatch: tuple[float, float]  # MaxVio of single microbatches: mean and greatest
     logit_rms: float
@@ -133,6 +137,8 @@ def add_up(
             counts[index] += load.counts_E
             rank_rows[index, rank] += sent
             links[index].index_add_(0, kinds, sent)
+            if load.rows_M is not None:
+                links[index, 2] += load.rows_M.sum() - load.rows_M[groups.index("ep_rail")]
             gates[index] += load.gates_E
             signals[index] += load.signals.sums
             greatest[index, 0] = torch.maximum(greatest[index, 0], load.signals.logit_max.double())
@@ -165,7 +171,13 @@ def add_up(
 
 
 def _links(groups: Groups, gpus_per_node: int, device: torch.device) -> Tensor:
-    """Of each rank of the expert group: 0 where it is this one, 1 on the same node, 2 elsewhere; [P]."""
+    """How rows get to each rank of the expert group: 0 they are there, 1 in a node, 2 over the network; [P].
+
+    Of two hops this is the second, which begins at this rank's place in whichever node.
+    """
+    if groups.ep_rail is not None:
+        places = torch.arange(groups.layout.ep, device=device) % groups.layout.ep_node
+        return (places != groups.index("ep_node")).long()
     node = groups.rank // gpus_per_node
     ranks = group_ranks(groups.ep) or (groups.rank,)
     kinds = [0 if rank == groups.rank else 1 if rank // gpus_per_node == node else 2 for rank in ranks]

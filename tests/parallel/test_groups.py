@@ -1,10 +1,12 @@
 """Which ranks share a process group: those whose other coordinates agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.groups import Groups, build_groups, single
+from parallel.groups import Groups, build_groups, imagine, single
 from parallel.layout import Layout
 from tests.ranks import run_ranks
 
@@ -69,6 +71,29 @@ def test_members(layout: Layout) -> None:
     for rank, found in enumerate(run_ranks(layout.world_size, members, layout)):
         for name in SPANS:
             assert found[name] == expected(layout, rank, name), (name, rank)
+
+
+def test_two_hops_have_a_group_inside_a_node_and_one_across_nodes() -> None:
+    layout = Layout(dp=8, ep=4, etp=2, node=4)
+    straight, hops = (run_ranks(8, hop_members, each) for each in (replace(layout, node=None), layout))
+    for rank, found in enumerate(hops):
+        other = (rank + 4) % 8
+        assert found["ep_rail"] == sorted((rank, other))
+        assert found["ep_node"] == sorted((rank, rank ^ 2))
+        assert found["ep_etp_node"] == list(range(rank // 4 * 4, rank // 4 * 4 + 4))
+        assert found["ep"] == list(range(rank % 2, 8, 2)) and found["ep_etp"] == list(range(8))
+        assert all(straight[rank][name] is None for name in ("ep_rail", "ep_node", "ep_etp_node"))
+        known = imagine(layout, rank)
+        for name, ranks in found.items():
+            group = getattr(known, name)
+            assert ranks is not None and (group.size(), group.rank()) == (len(ranks), ranks.index(rank))
+
+
+def hop_members(rank: int, world_size: int, layout: Layout) -> dict[str, list[int] | None]:
+    groups = build_groups(layout)
+    names = ("ep", "ep_etp", "ep_rail", "ep_node", "ep_etp_node")
+    held = {name: getattr(groups, name) for name in names}
+    return {n: None if group is None else dist.get_process_group_ranks(group) for n, group in held.items()}
 
 
 def test_order_within_a_group_follows_the_axis() -> None:

@@ -124,7 +124,7 @@ def _saved_recipe(folder: Path, wanted: str | None) -> str:
 
 
 def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
-    """A run's weights have one shape and precision from its first step on, and the same are trained."""
+    """A run's weights have one shape and dtype from its first step on, and the same are trained."""
     before, now = asdict(saved), asdict(wanted)
     changed = [
         (f"{group}.{key}", was, now[group][key])
@@ -132,7 +132,7 @@ def _check_same_model(run: str, saved: RunConfig, wanted: RunConfig) -> None:
         for key, was in before[group].items()
         if was != now[group][key]
     ]
-    if saved.train.precision != wanted.train.precision:
+    if saved.train.dtype != wanted.train.dtype:
         changed.append(("train.precision", saved.train.precision, wanted.train.precision))
     if saved.tune.is_partial and wanted.train.init is None:
         changed.append(("train.init", saved.train.init, None))

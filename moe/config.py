@@ -148,6 +148,7 @@ class LayoutConfig:
     ep: int = 1  # spreads experts over the ranks of a stage, whatever these are to attention
     etp: int = 1  # cuts each expert
     placement: str | None = None  # a file of `switchyard place-experts`: which experts live on which rank
+    dispatch: Literal["direct", "two_hop"] = "direct"  # two_hop: to each node once, then inside
     microbatches: int = 1  # per data-parallel rank and step
     schedule: ScheduleName = "1f1b"
     stages_per_rank: int = 2  # of an interleaved schedule
@@ -180,6 +181,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Of `train.precision=fp8`: weights and what else is kept are those of bf16, products are FP8's."""
+
+    guard_every: int = 100  # steps between comparisons of every FP8 product with bf16's (0: never)
+    dispatch: bool = False  # rows travel to their experts in FP8, and back in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop: length, batch, precision, and how often it saves and evaluates (0: never)."""
 
@@ -187,7 +196,9 @@ class TrainConfig:
     batch_size: int = 16  # sequences per step, over all ranks
     seed: int = 1234
     init: str | None = None  # a Hugging Face or converted folder, a run or a checkpoint to begin from
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    compile: bool = False  # on a CPU, activations as one loop: 5 % of a step, for some seconds at its start
     deterministic: bool = False  # only kernels that give the same bits again, where torch has several
     recompute: Literal["none", "full"] = "none"
     mtp_weight: float = 0.3
@@ -198,6 +209,11 @@ class TrainConfig:
     eval_sequences: int = 64
     sample_prompt: str = ""
     sample_tokens: int = 0
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """Of weights and hidden states: FP8 is a precision of products alone."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +249,7 @@ class AlarmConfig:
     rank_share: float | None = 1.5  # rows that a rank's experts received over the window, over the mean
     domain: float | None = 0.1  # share of a domain in the last 10 samples, over its share before
     loss_spike: float | None = 6.0  # above the recent median, in median deviations
+    fp8_error: float | None = 0.1  # of a layer's FP8 products, relative to bf16's on the same inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ _POSITIVE = (
     *("telemetry.window", "telemetry.log_every", "launch.threads", "tune.lora_rank", "tune.lora_alpha"),
     *("telemetry.full_steps", "telemetry.thin_steps"),
     *("telemetry.alarms.dead_steps", "telemetry.alarms.max_vio"),
-    *("telemetry.alarms.bias", "telemetry.alarms.loss_spike"),
+    *("telemetry.alarms.bias", "telemetry.alarms.loss_spike", "telemetry.alarms.fp8_error"),
 )
 _NOT_NEGATIVE = (
     *("model.num_dense_layers", "model.num_mtp_layers", "model.num_shared_experts", "model.init_std"),
@@ -31,6 +31,7 @@ _NOT_NEGATIVE = (
     *("optim.weight_decay", "train.mtp_weight", "train.save_every", "train.eval_every", "train.keep_every"),
     *("train.eval_sequences", "train.sample_tokens", "train.seed", "telemetry.domains_every"),
     *("telemetry.pairs_every", "telemetry.times_every", "telemetry.routing_every"),
+    "train.fp8.guard_every",
 )
 _SHARE = ("data.max_bad", "optim.min_lr_ratio", "optim.decay_fraction")
 _BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2", "telemetry.alarms.domain")

@@ -88,6 +88,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> Layout:
     _validate_cuts(config, layout)
     _validate_schedule(config, layout)
     _validate_engine(config, layout)
+    _validate_fp8(config)
     _validate_tuning(config)
     parts = layout.dp * config.layout.microbatches
     if batch % parts:
@@ -130,6 +131,7 @@ def _layout(config: RunConfig, world_size: int | None) -> Layout:
         ep=wanted.ep,
         etp=wanted.etp,
         both_ways=FORMS[wanted.schedule].both_ways,
+        node=_node(config),
     )
     if world_size is not None and world_size != layout.world_size:
         raise UserError(
@@ -138,6 +140,27 @@ def _layout(config: RunConfig, world_size: int | None) -> Layout:
             "change one of them"
         )
     return layout
+
+
+def _node(config: RunConfig) -> int | None:
+    """Ranks of a node, where rows make two hops over the nodes of an expert group."""
+    wanted, node = config.layout, config.cluster.gpus_per_node
+    if wanted.dispatch == "direct":
+        return None
+    ranks = wanted.ep * wanted.etp
+    if ranks <= node or ranks % node:
+        raise UserError(
+            "`layout.ep` x `layout.etp` must be twice `cluster.gpus_per_node`, or another multiple, with "
+            f"`layout.dispatch=two_hop`, but {ranks} ranks do not fill several nodes of {node}: use "
+            f"{2 * node} or `layout.dispatch=direct`"
+        )
+    if node % wanted.etp:
+        raise UserError(
+            "`layout.etp` must divide `cluster.gpus_per_node` with `layout.dispatch=two_hop`, but "
+            f"{wanted.etp} does not divide {node}: use {alternatives(node, wanted.etp)} or "
+            "`layout.dispatch=direct`"
+        )
+    return node
 
 
 def _validate_cuts(config: RunConfig, layout: Layout) -> None:
@@ -211,6 +234,21 @@ def _validate_engine(config: RunConfig, layout: Layout) -> None:
                 f"`{field}` must be {shown} with `optim.engine={engine}`, but is {str(value).lower()}: "
                 f"set `{field}={shown}` or `optim.engine={other}`"
             )
+
+
+def _validate_fp8(config: RunConfig) -> None:
+    """Who computes in FP8. Frozen weights do too, below adapters and beside chosen experts."""
+    train = config.train
+    if train.precision == "fp8" and config.optim.engine == "deepspeed":
+        raise UserError(
+            "`train.precision` must be fp32 or bf16 with `optim.engine=deepspeed`, but is fp8: set "
+            "`train.precision=bf16` or `optim.engine=switchyard`"
+        )
+    if train.fp8.dispatch and train.precision != "fp8":
+        raise UserError(
+            f"`train.fp8.dispatch` must be false with `train.precision={train.precision}`, but is true: set "
+            "`train.precision=fp8` or `train.fp8.dispatch=false`"
+        )
 
 
 def _validate_tuning(config: RunConfig) -> None:

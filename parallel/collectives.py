@@ -7,8 +7,10 @@ holds the whole sequence and a part of the weights, outside a stretch of the seq
 Legend: N rows, B sequences, S positions, s positions of this rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,9 @@ class ModelGroups:
 
     `tp` cuts heads, dense widths and the vocabulary, and outside them the sequence; `cp` cuts the
     sequence for attention; `tp_cp`: ranks that together hold whole sequences. `ep` spreads experts,
-    `etp` cuts each; `ep_etp`: ranks that together hold all experts whole.
+    `etp` cuts each; `ep_etp`: ranks that together hold all experts whole. Where rows make two hops, `ep_rail`
+    holds the ranks of equal place in each of the nodes over which `ep` reaches, and `ep_node` and
+    `ep_etp_node` are what `ep` and `ep_etp` hold of this one.
     """
 
     tp: Group = None
@@ -37,6 +41,9 @@ class ModelGroups:
     ep: Group = None
     etp: Group = None
     ep_etp: Group = None
+    ep_rail: Group = None
+    ep_node: Group = None
+    ep_etp_node: Group = None
 
 
 ALONE = ModelGroups()
@@ -52,16 +59,29 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+class Packing(Protocol):
+    """What rows [N, D] travel as."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """[N, ...], row by row."""
+        ...
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        """What was packed, of the width and dtype of `like`: [M, D] from [M, ...]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Splits:
-    """Rows that this rank sends to, and receives from, each rank of a group."""
+    """Rows that this rank sends to, and receives from, each rank of a group, packed if it is said how."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
     group: Group
+    packing: Packing | None = None
 
     def reversed(self) -> "Splits":
-        """The way back: what was received is sent."""
+        """The way back: what was received is sent, as it is."""
         return Splits(self.receive, self.send, self.group)
 
 
@@ -72,24 +92,29 @@ class Wire:
     received: Tensor
     sent: Tensor
     work: Any
+    unpack: Callable[[Tensor], Tensor] | None = None
 
     def wait(self) -> Tensor:
         """The received rows, once they are here."""
         if self.work is not None:
             self.work.wait()
-        return self.received
+        return self.received if self.unpack is None else self.unpack(self.received)
 
 
 def start_all_to_all(rows: Tensor, splits: Splits) -> Wire:
     """Put rows [N, ...], ordered by destination rank, on the wire. Every rank of the group must call."""
     if splits.group is None:
         return Wire(rows, rows, None)
+    unpack, packing = None, splits.packing
+    if packing is not None:
+        like = rows.new_empty(0, *rows.shape[1:])  # and not the rows themselves, which need not be kept
+        unpack, rows = partial(packing.unpack, like=like), packing.pack(rows)
     rows = rows.contiguous()
     received = rows.new_empty((sum(splits.receive), *rows.shape[1:]))
     work = dist.all_to_all_single(
         received, rows, list(splits.receive), list(splits.send), group=splits.group, async_op=True
     )
-    return Wire(received, rows, work)
+    return Wire(received, rows, work, unpack)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -17,6 +17,7 @@ const KINDS = {
   domain: "Domain starved",
   loss_spike: "Loss spike",
   not_finite: "Not finite",
+  fp8_error: "FP8 error",
 };
 
 // The latest known value of a metric.

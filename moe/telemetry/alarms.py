@@ -19,6 +19,8 @@ loss_spike   more than `loss_spike` deviations above the median of the last 100 
              least). A deviation is 1.4826 * the median absolute one, which earlier spikes do not widen,
              and 1% of the median at least. At the start the loss falls below its median: no alarm.
 not_finite   loss or gradient norm is no number (null in a row).
+fp8_error    a layer's greatest error of an FP8 product, relative to bf16's on the same inputs; null, which
+             is no number, is beyond any limit.
 
 An alarm is told when it begins. It has ended, and may be told again, when its value has kept to the limit
 for twice the steps (samples, losses) it is measured over. So whether one is told depends on the last
@@ -91,16 +93,27 @@ class Watch:
         self._loads = _Loads(limits, window, placement or {})
         self._domains = _Domains(limits)
         self._losses = _Losses(limits)
+        self._fp8 = _Fp8(limits)
         self.horizon = 3 * max(window, int(limits["dead_steps"] or 0))  # steps; of expert load, not domains
 
-    def step(self, metrics_row: Mapping[str, Any], load_rows: Sequence[Mapping[str, Any]]) -> list[Alarm]:
-        """The alarms that begin with a step's row of metrics and its rows of expert load, one a layer."""
-        return [*self._losses.step(metrics_row), *self._load(load_rows)]
+    def step(
+        self,
+        metrics_row: Mapping[str, Any],
+        load_rows: Sequence[Mapping[str, Any]],
+        fp8_rows: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Alarm]:
+        """The alarms that begin with a step's row of metrics and its rows of each layer: expert load, FP8."""
+        return [*self._losses.step(metrics_row), *self._load(load_rows), *self._fp8.step(fp8_rows)]
 
     def replay(
-        self, metrics_rows: Iterable[Mapping[str, Any]], load_rows: Iterable[Mapping[str, Any]]
+        self,
+        metrics_rows: Iterable[Mapping[str, Any]],
+        load_rows: Iterable[Mapping[str, Any]],
+        fp8_rows: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         """Take in the rows of the steps before, oldest first, without telling; evaluations are left out."""
+        for _, compared in groupby(fp8_rows, key=lambda row: row["step"]):
+            self._fp8.step(list(compared))
         trained = (row for row in metrics_rows if "eval_loss" not in row)
         for row in deque(trained, maxlen=3 * LOSSES):
             self._losses.step(row)
@@ -264,6 +277,29 @@ class _Domains:
 
     def _onset(self, name: str) -> _Onset:
         return self._starved.setdefault(name, _Onset(2 * SAMPLES))
+
+
+class _Fp8:
+    """Alarms about products in FP8, of the steps that compared them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limit = limits["fp8_error"]
+        self._seen = 0
+        self._off = _Onset(2)
+
+    def step(self, rows: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+        """The alarms of a step's rows of fp8.jsonl, one of each layer in the same order; none otherwise."""
+        if self._limit is None or not rows:
+            return []
+        self._seen += 1
+        errors = np.array([row["error"] for row in rows], dtype=np.float64)  # null becomes NaN
+        errors = np.where(np.isfinite(errors), errors, np.inf)
+        if not (begin := self._off(self._seen, errors > self._limit)).any():
+            return []
+        place, others = _worst(np.where(begin, errors, 0.0), [row["layer"] for row in rows])
+        step, layer = rows[place]["step"], rows[place]["layer"]
+        message = reasons.fp8_error(layer, float(errors[place]), self._limit, others)
+        return [Alarm(step, "fp8_error", layer, None, None, message)]
 
 
 class _Losses:

@@ -3,6 +3,7 @@
 Settings stand between backticks by their whole names, so that they can be copied.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from moe.telemetry.load import Layer
@@ -112,6 +113,16 @@ def not_finite(loss: float | None, norm: float | None, tokens: int | None, usual
         f"{' and '.join(broken)} not finite{_position(tokens)}, {_norm(norm, usual_norm)}. "
         "Look at grad_norm in the steps before, and resume from the checkpoint before with a lower "
         "`optim.lr` or `optim.clip_norm`."
+    )
+
+
+def fp8_error(layer: Layer, value: float, limit: float, others: Sequence[Layer]) -> str:
+    """FP8 products of a layer are far from those of bf16."""
+    distance = f"{value:.1%} off" if math.isfinite(value) else "no number beside"
+    return (
+        f"layer {layer}: an FP8 product is {distance} bf16's on the same inputs "
+        f"(`telemetry.alarms.fp8_error={limit:g}`){_elsewhere(others)}. Look for outliers in its activations "
+        "or weights (a higher `optim.weight_decay`), or resume with `train.precision=bf16`."
     )
 
 

@@ -18,15 +18,16 @@ from moe.model.transformer import expert_layers
 from moe.telemetry.alarms import Alarm, Watch
 from moe.telemetry.archive import EXPERT_LOAD, Archive
 from moe.telemetry.load import Layer, LoadWindow, collapsing, dead, entropy, max_vio
-from moe.telemetry.rows import JsonLines, read_rows, replace_file, trim_after
+from moe.telemetry.rows import JsonLines, finite, read_rows, replace_file, trim_after
 from moe.telemetry.sinks.outlet import open_outlets
 from moe.train.counting import LayerCounts
 from moe.train.evaluate import perplexity
 from moe.train.step import StepResult
 from moe.train.tuning import placements
+from parallel.fp8 import BLOCK
 from parallel.pipeline.timeline import Timeline
 
-METRICS, ALARMS, TIMELINE = "metrics.jsonl", "alarms.jsonl", "timeline.json"
+METRICS, ALARMS, TIMELINE, FP8 = "metrics.jsonl", "alarms.jsonl", "timeline.json", "fp8.jsonl"
 ROUTING = "routing"  # a folder of the run
 
 
@@ -38,14 +39,15 @@ class Recorder:
     ) -> None:
         self._run, self._config, self._domains, self._world_size = run, config, domains, world_size
         telemetry = config.telemetry
-        for name in (METRICS, ALARMS):
+        for name in (METRICS, ALARMS, FP8):
             trim_after(run / name, step)
         self._loads = Archive(run, telemetry.full_steps, telemetry.thin_steps, step)
         self._window = LoadWindow(telemetry.window)
         self._watch = Watch(asdict(telemetry.alarms), telemetry.window, _ranks_of_experts(config))
-        self._watch.replay(read_rows(run / METRICS), self._replayed(step))
+        self._watch.replay(read_rows(run / METRICS), self._replayed(step), read_rows(run / FP8))
         self._forget_after(step)
         self._metrics, self._alarms = JsonLines(run / METRICS), JsonLines(run / ALARMS)
+        self._fp8 = JsonLines(run / FP8) if config.train.precision == "fp8" else None
         self._outlets = open_outlets(
             telemetry.sinks,
             run,
@@ -92,7 +94,14 @@ class Recorder:
             "aux_loss": result.auxiliary_loss,
             "memory_peak_bytes": _memory_peak(),
         }
-        alarms = self._watch.step(metrics, loads)
+        errors = [
+            {"step": step, "layer": _number(name), "error": error}
+            for name, error in result.fp8_errors.items()
+        ]
+        if self._fp8 and errors:
+            metrics["fp8_error"] = max(result.fp8_errors.values())
+            self._fp8.write(*errors)
+        alarms = self._watch.step(metrics, loads, [finite(row) for row in errors])
         self._alarms.write(*(alarm.row() for alarm in alarms))  # before the step that readers wait for
         self._metrics.write(metrics)
         self._loads.write(loads)
@@ -128,7 +137,7 @@ class Recorder:
             "margin": layer.margin,
             "group_limited": layer.group_limited,
             "rank_rows": layer.rank_rows.tolist(),
-            "row_bytes": model.hidden_size * (2 if self._config.train.precision == "bf16" else 4),
+            "row_bytes": _row_bytes(self._config),
             "links": layer.links.tolist(),
         }
         if layer.domains is not None:
@@ -166,6 +175,8 @@ class Recorder:
         self._metrics.close()
         self._alarms.close()
         self._loads.close()
+        if self._fp8:
+            self._fp8.close()
         self._outlets.close()
 
 
@@ -178,6 +189,14 @@ def _ranks_of_experts(config: RunConfig) -> dict[Layer, list[int]]:
         _number(name): [seat // each for seat in placed[name].seats] if name in placed else in_order
         for name in expert_layers(config.model)
     }
+
+
+def _row_bytes(config: RunConfig) -> int:
+    """Bytes of a row on its way to an expert."""
+    width, train = config.model.hidden_size, config.train
+    if train.fp8.dispatch:
+        return width + 4 * -(-width // BLOCK)  # a factor for each block
+    return width * (4 if train.dtype == "fp32" else 2)
 
 
 def _number(layer: str) -> Layer:

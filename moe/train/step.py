@@ -6,7 +6,7 @@ on how sequences are shared out. Counts are assigned per (layer, microbatch) and
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from moe.model.balance import bias_rate
 from moe.model.mtp import IGNORE, mtp_targets
 from moe.model.stages import split
 from moe.model.transformer import Microbatch, Outcome, Transformer, expert_layers
-from moe.train import tuning
+from moe.train import compiling, precision, tuning
 from moe.train.counting import LayerCounts, Sampling, add_up, routing_of
 from moe.train.deepspeed import DeepSpeed
 from moe.train.engine import Engine, Switchyard
+from moe.train.guard import fp8_errors
 from moe.train.optim import DTYPES, learning_rate
 from moe.train.runner import make_schedule
 from moe.train.start import Start, new
@@ -49,6 +50,7 @@ class StepResult:
     layers: dict[str, LayerCounts]
     timeline: Timeline | None  # of this rank's pipeline, where asked for
     routing: dict[str, Tensor]  # this rank's, where asked for: see `routing_of`
+    fp8_errors: dict[str, float] = field(default_factory=dict)  # by layer, where compared: see guard.py
 
 
 class Trainer:
@@ -64,6 +66,8 @@ class Trainer:
     ) -> None:
         """The engine takes the model to the device."""
         self.model, self.config, self.groups = model, config, groups
+        self._in_fp8 = precision.take_up(model, config.train, device)
+        compiling.take_up(model, config.train, device)
         self.engine: Engine = ENGINES[config.optim.engine](model, config, groups, device)
         self._num_domains = num_domains
 
@@ -72,6 +76,7 @@ class Trainer:
         begin, config = time.perf_counter(), self.config
         labels, tokens = self._count_labels(batches)
         microbatches = [self._microbatch(batch, labels, len(batches)) for batch in batches]
+        fp8_errors = self._compare_fp8(step, microbatches[:1])
         outcomes = self.engine.train(microbatches, timed=sampling.times)
         rate = learning_rate(config.optim, step, config.train.steps)
         norm = self.engine.update(rate)
@@ -88,7 +93,14 @@ class Trainer:
             layers=layers,
             timeline=self.engine.timeline() if sampling.times else None,
             routing=routing_of(outcomes, batches, self.groups) if sampling.routing else {},
+            fp8_errors=fp8_errors,
         )
+
+    def _compare_fp8(self, step: int, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+        every = self.config.train.fp8.guard_every
+        if not self._in_fp8 or not every or (step + 1) % every:
+            return {}
+        return fp8_errors(self.model, lambda: self.engine.forward(microbatches), self.groups.world)
 
     def _count_labels(self, batches: Sequence[Batch]) -> tuple[list[int], int]:
         """Labels of the global batch for the next token and for each MTP module, and its real tokens."""
@@ -175,7 +187,7 @@ def build_model(config: RunConfig, groups: Groups, seed: int | None) -> Transfor
     schedule = make_schedule(config.layout, config.layout.microbatches)
     stages = split(config.model, schedule.num_stages, config.data.sequence_length)
     parts = [stages[stage] for stage in sorted(schedule.stages[groups.index("pp")])]
-    dtype = DTYPES[config.train.precision]
+    dtype = DTYPES[config.train.dtype]
     placements = tuning.placements(config, groups.layout.ep)
     return Transformer(config.model, config.balance, groups, dtype, seed, parts, placements)
 

@@ -347,6 +347,35 @@ def test_the_layout_follows_from_what_was_started(
     assert validate(RunConfig(layout=layout), world_size) == expected
 
 
+def hops(node: int, **layout: int) -> dict[str, Any]:
+    degrees = {f"layout.{axis}": degree for axis, degree in layout.items()}
+    return {"layout.dispatch": "two_hop", "cluster.gpus_per_node": node, **degrees}
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (hops(4, ep=4), "4 ranks do not fill several nodes of 4: use 8"),
+        (hops(8), "1 ranks do not fill several nodes of 8: use 16"),
+        (hops(3, ep=4), "4 ranks do not fill several nodes of 3: use 6"),
+        (hops(4, ep=1, etp=8), "8 does not divide 4: use 1, 2 or 4"),
+    ],
+)
+def test_two_hops_want_several_whole_nodes(settings: dict[str, Any], why: str) -> None:
+    said = sentence(settings)
+    assert said.startswith("`layout.e") and "`cluster.gpus_per_node`" in said
+    assert said.endswith(f"`layout.dispatch=two_hop`, but {why} or `layout.dispatch=direct`")
+
+
+def test_nodes_count_only_for_two_hops() -> None:
+    built = [
+        validate(build(RunConfig, merged(*(nested(k, v) for k, v in settings.items()))))
+        for settings in (hops(2, ep=4), hops(4, ep=4, etp=2), hops(2, ep=4) | {"layout.dispatch": "direct"})
+    ]
+    assert [(each.node, each.ep_node, each.ep_rail) for each in built] == [(2, 2, 2), (4, 2, 2), (None, 4, 1)]
+    assert list(built[0].across_nodes(2)) == [] and len(list(built[2].across_nodes(2))) == 1
+
+
 def test_the_layout_must_fit_what_was_started() -> None:
     for settings, world_size in (({"layout.dp": 4}, 2), ({"layout.tp": 2, "layout.cp": 2}, 2)):
         assert sentence(settings, world_size=world_size) == (

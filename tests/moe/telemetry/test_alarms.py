@@ -252,6 +252,40 @@ def test_null_switches_every_other_alarm_off() -> None:
     assert {a.kind for row in metrics for a in watching.step(row, loads[row["step"]])} == {"not_finite"}
 
 
+def fp8_rows(step: int, *errors: float | None) -> list[Row]:
+    """As a file gives them: null where a product was no number."""
+    return [
+        {"step": step, "layer": layer, "error": error}
+        for layer, error in zip((0, 1, "mtp0"), errors, strict=True)
+    ]
+
+
+def test_fp8_products_far_off_are_told_by_layer_when_they_begin() -> None:
+    watching, found = watch(fp8_error=0.1), []
+    samples = [(0.03, 0.04, 0.05), (0.03, 0.2, 0.4), (0.03, 0.2, 0.4), (0.03, None, 0.04), (0.5, 0.04, 0.04)]
+    for step, errors in enumerate(samples, 1):
+        found += watching.step(metrics_row(100 * step), [], fp8_rows(100 * step, *errors))
+        assert not watching.step(metrics_row(100 * step + 1), [])  # steps between make no end
+    assert brief(found) == [(200, "fp8_error", "mtp0", None, None), (500, "fp8_error", 0, None, None)]
+    assert "an FP8 product is 40.0% off bf16's on the same inputs (`telemetry.alarms.fp8_error=0.1`)" in (
+        found[0].message
+    )
+    assert "; likewise in layer 1." in found[0].message
+    for cut in range(1, len(samples)):
+        resumed = watch(fp8_error=0.1)
+        before = [fp8_rows(100 * step, *errors) for step, errors in enumerate(samples[:cut], 1)]
+        resumed.replay([], [], [row for rows in before for row in rows])
+        told = [
+            alarm
+            for step, errors in enumerate(samples[cut:], cut + 1)
+            for alarm in resumed.step(metrics_row(100 * step), [], fp8_rows(100 * step, *errors))
+        ]
+        assert told == [alarm for alarm in found if alarm.step > 100 * cut]
+    (broken,) = watch().step(metrics_row(1), [], fp8_rows(1, None, 0.04, 0.04))
+    assert broken.layer == 0 and "an FP8 product is no number beside bf16's" in broken.message
+    assert not watch(fp8_error=None).step(metrics_row(1), [], fp8_rows(1, 9.0, None, 9.0))
+
+
 def test_older_rows_lack_keys() -> None:
     watching = watch()
     for step in range(1, DEAD + 1):

@@ -26,6 +26,7 @@ from moe.model.rope import rotation
 from moe.model.router import Router
 from moe.model.stages import Part, whole
 from parallel.collectives import ALONE, ModelGroups, gather_sequence, group_rank, group_size
+from parallel.head import head_losses
 from parallel.linear import Linear, by_outputs, linear
 from parallel.lora import Lora
 from parallel.pipeline.tape import Direct, Recorder, run
@@ -249,17 +250,23 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[B, s, D] -> [B, S, V / tp], this rank's part of the vocabulary."""
-        weight = self.head
-        if weight is None:
-            assert self.embedding is not None
-            weight = self.embedding.weight
         rows = gather_sequence(hidden, self.groups.tp)
-        logits = linear(rows, weight)
+        logits = linear(rows, self._head_weight())
         return logits if self.head_lora is None else logits + self.head_lora(rows)
+
+    def _head_weight(self) -> Tensor:
+        if self.head is not None:
+            return self.head
+        assert self.embedding is not None
+        return self.embedding.weight
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the token losses, in fp32, and the losses [B, S] themselves, detached."""
-        losses = cross_entropy(self._logits(hidden).float(), labels, IGNORE, self.groups.tp)
+        if self.head_lora is None:
+            rows = gather_sequence(hidden, self.groups.tp)
+            losses = head_losses(rows, self._head_weight(), labels, IGNORE, self.groups.tp)
+        else:
+            losses = cross_entropy(self._logits(hidden).float(), labels, IGNORE, self.groups.tp)
         return losses.sum(), losses.detach()
 
     def _normed_losses(self, norm: RMSNorm, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

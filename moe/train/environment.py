@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from parallel.cpu import products_by
 from parallel.layout import Layout
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "hydra-core", "megatron-core")
@@ -26,6 +27,7 @@ def environment(seed: int, layout: Layout) -> dict[str, Any]:
         "host": socket.gethostname(),
         "ranks": layout.world_size,
         "threads_per_rank": torch.get_num_threads(),
+        "cpu_fp32_products": products_by(),
         "seed": seed,
         "command": sys.argv,
         "git": _git_state(Path(__file__).resolve().parent),

@@ -35,6 +35,7 @@ from moe.train.tuning import trained_share
 from moe.train.world import world
 from parallel.checkpoint import Checkpoint, open_checkpoint, open_latest
 from parallel.collectives import all_reduce, barrier
+from parallel.cpu import products_by
 from parallel.errors import UserError
 from parallel.groups import Groups, build_groups
 from parallel.saving import Saver
@@ -127,6 +128,9 @@ class _Run:
         shown = (
             Progress(steps, self.position.step, self.config.telemetry.log_every) if self.recorder else None
         )
+        exact = settings.precision == "fp32" and self.device.type == "cpu"
+        if shown and exact and products_by() != "default":
+            shown.note(f"fp32 products by {products_by()}: faster on this CPU, and checked against fp64")
         if tune.is_partial:
             share = trained_share(self.trainer.model, self.groups, self.device)
             if shown:

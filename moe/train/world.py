@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from parallel.cpu import fast_products, keep_memory
 from parallel.groups import Groups, build_groups
 from parallel.layout import Layout
 
@@ -19,7 +20,8 @@ def world(
     """Join the ranks that torch's variables name, if there are several; gives this rank's device.
 
     `timeout`: how long a rank waits for the others before the run ends. `deterministic`: torch takes
-    kernels that give the same bits again, and raises where it has none.
+    kernels that give the same bits again, and raises where it has none. On a CPU products and memory are
+    as parallel/cpu.py says.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
@@ -28,12 +30,15 @@ def world(
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield device
+        with fast_products():
+            yield device
     finally:
         if deterministic:  # this call imports torch's compiler, which takes as long as torch
             torch.use_deterministic_algorithms(False)

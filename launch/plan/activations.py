@@ -2,11 +2,14 @@
 
 The phases are those that the tape records (parallel/pipeline/tape.py), the bytes those of the tensors that
 autograd saves inside a phase and of a phase's outputs, which the tape holds. Recomputation keeps the
-outputs alone and makes the rest again, one phase at a time. Weight gradients that are put off keep the rows
-that a product took and the gradient of what it made, until they are made.
+outputs alone and makes the rest again, one phase at a time. Weight gradients that are put off, as they are
+where rows travel, keep the rows that a product took and the gradient of what it made, until they are made.
 
 Counted is what CUDA and CPU both keep: flash attention (queries, keys, values, output, log-sum-exp), a norm
 as its fp32 input and its rounded result. Where CUDA has one kernel for a norm in fp32 it keeps a little less.
+What comes and goes is CUDA's: a layer's rows are taken, multiplied and summed whole, and an activation is
+made by one kernel. The CPU takes some hundred rows of experts at a time, and activates in fp32 tiles of at
+most half a megabyte, which are not counted.
 Legend: t tokens of this rank, n tokens between gather and scatter of tensor parallelism, D hidden size,
 H heads of this rank, E experts, K chosen experts, N rows of this rank's experts, V vocabulary, b bytes.
 """
@@ -19,6 +22,7 @@ from moe.model.stages import Part
 from parallel.layout import Layout
 
 BLOCK = 512  # queries whose scores exist at one time: that of moe/model/attention.py, which needs torch
+CHUNK = 8192  # rows of the head whose logits exist at one time: that of parallel/head.py
 _FP32, _INT = 4, 8  # bytes: scores, softmax and losses are fp32, indices int64
 
 
@@ -60,7 +64,7 @@ class Microbatch:
     @property
     def b(self) -> int:
         """Bytes of a number in hidden states."""
-        return 2 if self.config.train.precision == "bf16" else 4
+        return 2 if self.config.train.dtype == "bf16" else 4
 
     @property
     def sequences(self) -> int:
@@ -89,6 +93,11 @@ class Microbatch:
         most = self.t * ep * min(model.top_k, model.num_experts // ep)
         factor = min(self.imbalance, model.capacity_factor or self.imbalance)
         return self.sent if ep == 1 else min(most, round(factor * self.sent))
+
+    @property
+    def boundaries(self) -> int:
+        """Hidden states and their gradients between pipeline stages, as they are sent and as they come."""
+        return 4 * self.b * self.t * self.config.model.hidden_size if self.layout.pp > 1 else 0
 
     def norm(self, width: int) -> int:
         """Per token: what a norm keeps beside its input and its output."""
@@ -133,8 +142,7 @@ def _layer(micro: Microbatch, *, is_moe: bool) -> Iterator[Phase]:
         yield _mlp(micro, "dense", micro.config.model.intermediate_size)
         return
     yield _router(micro)
-    yield from _routed(micro)
-    yield Phase(name="combine", outputs=micro.b * micro.t * micro.config.model.hidden_size)
+    yield from _routed_here(micro) if micro.layout.ep * micro.layout.etp == 1 else _routed_away(micro)
 
 
 def _attention(micro: Microbatch) -> Phase:
@@ -150,7 +158,8 @@ def _attention(micro: Microbatch) -> Phase:
         rows=products.rows + mixed + b * t * hidden,  # what is normed for the MLP is its products' rows
         grads=products.grads + b * n * hidden,
         forward=core.forward,
-        backward=2 * b * t * hidden + core.backward,
+        backward=2 * b * t * hidden + max(core.backward, t * hidden * (2 * b + 5 * _FP32)),  # or a norm's
+        wire=b * n * _passing(micro) if micro.layout.cp > 1 else 0,
     )
 
 
@@ -235,6 +244,13 @@ def _ring(micro: Microbatch) -> Phase:
     )
 
 
+def _shared(micro: Microbatch) -> Iterator[Phase]:
+    """All shared experts as one MLP, if there are any."""
+    model = micro.config.model
+    if model.num_shared_experts:
+        yield _mlp(micro, "shared", model.num_shared_experts * model.moe_intermediate_size)
+
+
 def _mlp(micro: Microbatch, name: str, width: int) -> Phase:
     """A dense MLP with the residual added, or all shared experts (moe/model/mlp.py)."""
     tp, b, D = micro.layout.tp, micro.b, micro.config.model.hidden_size
@@ -242,7 +258,7 @@ def _mlp(micro: Microbatch, name: str, width: int) -> Phase:
     return Phase(
         name=name,
         outputs=b * micro.t * D,
-        inside=gathered + b * micro.n * 4 * F,
+        inside=gathered + b * micro.n * 3 * F,
         rows=gathered + b * micro.n * F,
         grads=b * micro.n * (D + 2 * F),
         backward=b * (micro.t * D + micro.n * 3 * F),
@@ -264,41 +280,68 @@ def _router(micro: Microbatch) -> Phase:
     )
 
 
-def _routed(micro: Microbatch) -> Iterator[Phase]:
-    """Dispatch, shared experts meanwhile, experts, and the rows' way back (moe/model/layer.py)."""
+def _routed_here(micro: Microbatch) -> Iterator[Phase]:
+    """Shared experts, then the sum of all experts and of the residual (moe/model/layer.py)."""
+    model, N = micro.config.model, micro.received
+    hidden = micro.b * micro.t * model.hidden_size
+    yield from _shared(micro)
+    made = _experts(micro, N, model.moe_intermediate_size, source=micro.t)
+    tokens = _INT * N  # of each row
+    yield replace(made, outputs=2 * hidden, inside=made.inside + tokens, grads=made.grads + hidden)
+
+
+def _routed_away(micro: Microbatch) -> Iterator[Phase]:
+    """Dispatch of rows and weights, shared experts meanwhile, experts, and the way back (layer.py)."""
     model, layout, b = micro.config.model, micro.layout, micro.b
     D, F, wired = model.hidden_size, model.moe_intermediate_size // layout.etp, layout.ep > 1
-    row, N = b * D, micro.received * layout.etp
-    came = row * micro.received if wired else 0
-    yield Phase(
-        name="dispatch", outputs=row * micro.sent + came, backward=row * (micro.sent + micro.t) + 2 * came
-    )
-    if model.num_shared_experts:
-        width = model.num_shared_experts * model.moe_intermediate_size
-        yield _mlp(micro, "shared", width)
+    row, hidden, N = b * D, b * micro.t * D, micro.received * layout.etp
+    sent, came = row * micro.sent, row * micro.received if wired else 0
+    weights = _FP32 * (micro.sent + (micro.received if wired else 0))
+    yield Phase(name="dispatch", outputs=sent + came + weights, backward=sent + hidden + 2 * came)
+    yield from _shared(micro)
     if layout.etp > 1:
-        yield Phase(name="dispatch", outputs=2 * row * N, backward=row * N)
-    ordered = layout.ep * layout.etp > 1 and model.num_experts // layout.ep > 1
-    indices = 2 * _INT * N if ordered else 0
-    returned = 2 * row * micro.sent if wired else 0  # rows and gradient of the exchange just before
-    widened = _FP32 * micro.sent * D if b < _FP32 else 0  # rows that are summed by weight
-    yield Phase(
-        name="experts",
-        outputs=row * N + indices,
-        inside=b * N * 4 * F + (row * N if ordered else 0),
-        rows=b * N * F + row * N,
-        grads=b * N * 2 * F + row * N,
-        backward=row * N * (2 if ordered else 1) + b * N * 3 * F + returned,
-        wire=row * (micro.sent + micro.received),
+        yield Phase(name="dispatch", outputs=2 * (row + _FP32) * N, backward=row * N)
+    ordered = model.num_experts > layout.ep  # else the order in which rows arrive is that of experts
+    made = _experts(micro, N, F, source=N if ordered else 0)
+    returned = row * N + (row * N if layout.etp > 1 else sent)  # gradients of the exchange just before
+    yield replace(
+        made,
+        outputs=row * N + (2 * _INT * N if ordered else 0),
+        rows=made.rows + row * N,
+        grads=made.grads + row * N,
+        backward=made.backward + returned,
+        wire=sent + row * micro.received,
     )
     if layout.etp > 1:
-        yield Phase(name="combine", outputs=row * (N + micro.received), backward=row * N)
+        yield Phase(name="combine", outputs=row * N + row * micro.received, backward=row * N)
     yield Phase(
         name="combine",
-        outputs=(row * micro.sent if wired else 0) + row * micro.t,
-        backward=2 * row * micro.sent + widened,
-        forward=row * micro.sent + widened,
-        wire=row * (micro.sent + (micro.received if wired else 0)),
+        outputs=(sent if wired else 0) + 2 * hidden,  # the last is the sum with the residual
+        inside=_INT * micro.sent,
+        backward=sent,
+        wire=sent + came,
+    )
+
+
+def _experts(micro: Microbatch, N: int, F: int, *, source: int) -> Phase:
+    """Both products, from so many rows; 0: these are in expert order (parallel/grouped.py)."""
+    tune, b, row = micro.config.tune, micro.b, micro.b * micro.config.model.hidden_size
+    taken, narrow = row * N if source else 0, b * N * F
+    if tune.method == "lora" and "experts" in tune.lora_targets:  # each step for itself
+        return Phase(
+            name="experts",
+            inside=taken + 3 * narrow + _FP32 * N + b * N * 2 * tune.lora_rank,
+            rows=taken + narrow,
+            grads=row * N + 2 * narrow,
+            forward=max(3 * row * N, 4 * narrow),
+            backward=3 * row * N + 3 * narrow,
+        )
+    return Phase(
+        name="experts",
+        inside=2 * narrow + _FP32 * N,
+        grads=3 * narrow,
+        forward=narrow + taken,
+        backward=3 * narrow + row * (N + source),
     )
 
 
@@ -316,16 +359,22 @@ def _final_norm(micro: Microbatch) -> Phase:
 
 
 def _head(micro: Microbatch, *, normed: bool = False) -> Phase:
-    """Logits in fp32 and their softmax; an MTP module's has a norm of its own."""
-    model, tp, b, n = micro.config.model, micro.layout.tp, micro.b, micro.n
+    """Logits in fp32 and their softmax, whole or by the chunk; an MTP module's has a norm of its own."""
+    model, tune, tp, b, n = micro.config.model, micro.config.tune, micro.layout.tp, micro.b, micro.n
     D, V = model.hidden_size, model.vocab_size // tp
     logits, hidden = _FP32 * n * V, b * n * D
     gathered = hidden if tp > 1 else 0
-    inside = logits + gathered + n * (_INT + _FP32)
+    inside = gathered + n * (_INT + _FP32)
     inside += micro.t * micro.norm(D) + b * micro.t * D if normed else 0
+    adapted = tune.method == "lora" and "head" in tune.lora_targets
+    if V > CHUNK and not adapted:
+        chunk = n * CHUNK * (_FP32 + (b if b < _FP32 else 0))
+        inside += n * (1 + _FP32)  # whose label is ignored, and the greatest logit
+        backward = chunk + _FP32 * n * D
+        return Phase(name="head", inside=inside, forward=chunk, backward=backward)
     return Phase(
         name="head",
-        inside=inside,
+        inside=inside + logits,
         rows=gathered or (b * micro.t * D if normed else 0),
         grads=b * n * V,
         forward=logits,

@@ -92,7 +92,6 @@ def estimate(config: RunConfig, imbalance: float) -> Estimate:
         number: stage_of(phases(micro, part), recompute=recompute)
         for number, part in enumerate(split(config.model, schedule.num_stages, config.data.sequence_length))
     }
-    boundary = micro.b * micro.t * config.model.hidden_size if layout.pp > 1 else 0
     ranks = []
     for place in range(layout.pp):
         rank = place * layout.stage_size
@@ -106,7 +105,7 @@ def estimate(config: RunConfig, imbalance: float) -> Estimate:
                 gradients_bytes=static.gradients,
                 optimizer_bytes=static.optimizer,
                 activations_bytes=most.bytes - most.rows,
-                buffers_bytes=most.rows + 4 * boundary + static.travelling + ALLOWANCE,
+                buffers_bytes=most.rows + micro.boundaries + static.travelling + ALLOWANCE,
                 kept=dict(kept),
             )
         )

@@ -1,8 +1,9 @@
 """The most that activations take on a rank: a walk through its slots, phase by phase. No torch.
 
 A forward piles up what its phases keep. A backward takes it away from the end, and needs for a while
-what it computes with; recomputation adds what a phase keeps inside. Of a pair one computes while the
-other stands still, from wire to wire.
+what it computes with; recomputation adds what a phase keeps inside, and its outputs once more. Weight
+gradients are put off where there is a wire to wait for. Of a pair one computes while the other stands
+still, from wire to wire.
 """
 
 from collections import Counter
@@ -70,12 +71,15 @@ def _forward(phases: Sequence[Phase], kept: Sequence[int]) -> Curve:
 
 def _backward(phases: Sequence[Phase], kept: Sequence[int], *, recompute: bool, apart: bool) -> Curve:
     curve, held, most, put_off, left, weights = [], 0, 0, 0, 0, 0
+    at_once = not apart and not any(phase.wire for phase in phases)  # as parallel/pipeline/tape.py has it
     for phase, stays in zip(reversed(phases), reversed(kept), strict=True):
-        again = phase.inside + phase.forward if recompute else 0
-        again = max(again, phase.backward + (phase.inside if recompute else 0))
-        most = max(most, held + put_off + again)
+        again = _again(phase) if recompute else 0
+        needed = max(phase.backward, phase.forward if recompute else 0)
+        if at_once:
+            needed = max(needed, phase.grads + phase.weights)
+        most = max(most, held + put_off + again + needed)
         held -= stays
-        put_off += phase.rows + phase.grads
+        put_off += 0 if at_once else phase.rows + phase.grads
         weights = max(weights, phase.weights)
         if not apart and (phase.wire or (phase.begins_unit and left)):
             most = max(most, held + put_off + weights)
@@ -86,6 +90,11 @@ def _backward(phases: Sequence[Phase], kept: Sequence[int], *, recompute: bool, 
             curve.append((max(most, still), still))
             most = still - phase.wire
     return [*curve, (most, held + put_off)]
+
+
+def _again(phase: Phase) -> int:
+    """What recomputation makes a second time; rows that came are not sent again."""
+    return phase.inside + (0 if phase.is_exchange else phase.outputs)
 
 
 def peak(schedule: Schedule, rank: int, stages: Mapping[int, Stage]) -> Peak:

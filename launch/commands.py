@@ -244,6 +244,40 @@ COMMANDS = {
         ),
         example="switchyard plan recipe=tiny cluster=h800x8 layout.dp=8 --compare",
     ),
+    "bench layer": Command(
+        target="launch.bench.layer:main",
+        usage="bench layer [--dtype bf16|fp32|both] [--routing both|balanced|zipf] [--json FILE]",
+        does="measure one MoE layer beside its own matrix products and its peers",
+        details=(
+            "Times forward and backward of ours, a plain loop, and what is installed of transformers,\n"
+            "Megatron-Core and torchtitan, in turn, and says of which kinds of operations they are made.\n"
+            "Routing is forced to be even and skewed, and always left to a fresh router too.\n\n"
+            "--dtype D        bf16, fp32 or both (default: bf16)\n"
+            "--routing R      forced: balanced, zipf or both (default: both)\n"
+            "--tokens N, --hidden N, --experts N, --width N, --top-k N, --shared N\n"
+            "                 sizes (default: 4096, 1024, 64, 512, 6, 2)\n"
+            "--compiled C     whether ours takes part again with `train.compile`: yes or no (default: yes)\n"
+            "--rounds N       of which medians are shown (default: 5)\n"
+            "--threads N      of every contestant (default: torch's)\n"
+            "--json FILE      writes the rows for machines"
+        ),
+        example="switchyard bench layer --dtype both --threads 2 --json layer.json",
+    ),
+    "bench model": Command(
+        target="launch.bench.model:main",
+        usage="bench model [--dtype bf16|fp32] [--rounds N] [--threads N] [--json FILE]",
+        does="measure whole steps beside transformers, and what slows them",
+        details=(
+            "Trains recipe tiny_wide and the same model in transformers, from the same weights on the same\n"
+            "batches by the same optimizer, in turn; then ours with telemetry, with checkpoints and with\n"
+            "forced routing. Takes some minutes and 10 GB. Exit code 1: losses differ.\n\n"
+            "--dtype D    bf16 or fp32 (default: bf16)\n"
+            "--rounds N   steps of each kind, of which medians are shown (default: 5)\n"
+            "--threads N  of every contestant (default: torch's)\n"
+            "--json FILE  writes the rows for machines"
+        ),
+        example="switchyard bench model --dtype fp32 --json model.json",
+    ),
     "bench balance": Command(
         target="launch.bench.balance:main",
         usage="bench balance [--steps N] [--json FILE]",
@@ -254,6 +288,21 @@ COMMANDS = {
             "--json FILE  writes the rows for machines"
         ),
         example="switchyard bench balance --json balance.json",
+    ),
+    "bench gpu": Command(
+        target="launch.bench.gpu.command:main",
+        usage="bench gpu [--minutes M] [--json FILE] [--out FOLDER] [--show FILE]",
+        does="check every path on this machine's GPU against fp64, and measure how fast it is",
+        details=(
+            "One process, no network, no data. In order: versions; the largest products and copies;\n"
+            "correctness; the layer of experts; training steps; all-to-all hidden behind compute, with\n"
+            "emulated peers; FP8. What the machine lacks is named. Exit code 1: a check fails.\n\n"
+            "--minutes M   at most about so long (default: 8)\n"
+            "--json FILE   writes the rows for machines\n"
+            "--out FOLDER  writes CARD-DATE.md and the same as JSON\n"
+            "--show FILE   prints the tables of a JSON that was written, and measures nothing"
+        ),
+        example="switchyard bench gpu --out docs/results",
     ),
     "bench overlap": Command(
         target="launch.bench.overlap:main",
@@ -296,6 +345,21 @@ COMMANDS = {
             "--json FILE  writes the rows for machines"
         ),
         example="switchyard bench telemetry --json telemetry.json",
+    ),
+    "bench fp8": Command(
+        target="launch.bench.fp8:main",
+        usage="bench fp8 [--steps N] [--seeds N] [--json FILE]",
+        does="measure what FP8 does to the loss",
+        details=(
+            "Trains recipe tiny on one rank from the same weights on the same data: in bf16, in bf16 with\n"
+            "smaller microbatches, and in fp8, which is emulated where there are no FP8 units. Takes some\n"
+            "minutes for each seed. Exit code 1: the mean losses of bf16 and fp8 over the last quarter of\n"
+            "the steps are more than 0.25 % apart, as a mean over the seeds.\n\n"
+            "--steps N    of each run (default: 200)\n"
+            "--seeds N    so many runs of each kind (default: 3)\n"
+            "--json FILE  writes the losses for machines"
+        ),
+        example="switchyard bench fp8 --json fp8.json",
     ),
     "bench checkpoint": Command(
         target="launch.bench.checkpoint:main",

@@ -68,6 +68,13 @@ def shrunk(command: str) -> list[str]:
         few = {
             "balance": ["--steps", "2"],
             "checkpoint": ["--every", "1", "--rounds", "1"],
+            "layer": [
+                *("--tokens", "32", "--hidden", "32", "--experts", "8", "--width", "16", "--top-k", "2"),
+                *("--rounds", "1", "--compiled", "no"),
+            ],
+            "model": ["--help"],  # minutes; tests/launch/test_bench_model.py trains a small model
+            "gpu": ["--help"],  # tests/launch/test_bench_gpu.py runs it on the CPU
+            "fp8": ["--steps", "2", "--seeds", "1"],
             "telemetry": ["--help"],  # minutes; tests/launch/test_bench_telemetry.py measures a small model
         }
         return words + few[words[words.index("bench") + 1]]

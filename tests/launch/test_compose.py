@@ -93,7 +93,7 @@ def test_take_leaves_overrides() -> None:
         ("optim.lr=", "`optim.lr` must be a number, but is ''"),
         ("optim.lr=true", "`optim.lr` must be a number, but is True"),
         ("layout.overlap=2", "`layout.overlap` must be true or false, but is 2"),
-        ("train.precision=fp16", "`train.precision` must be 'fp32' or 'bf16', but is 'fp16'"),
+        ("train.precision=fp16", "`train.precision` must be 'fp32' or 'bf16' or 'fp8', but is 'fp16'"),
         ("model=large", "`model` must be a group of settings, but is 'large'"),
         ("model.rope=null", "`model.rope` must be a group of settings, but is None"),
         ("train.steps=1,2", "`train.steps=1,2` names several values, but a run takes one"),

@@ -7,8 +7,9 @@ Legend: N rows, F width.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,15 @@ from torch import Tensor
 _TILE = 2**18  # numbers of a tile: a megabyte in fp32
 
 
-class Activation(Protocol):
-    """Who computes it on the CPU, without gradients."""
+@dataclass(frozen=True)
+class Activation:
+    """How the CPU computes it, without gradients: in tiles, or as one loop that torch's compiler makes."""
+
+    compiled: bool = False  # needs a compiler of C++, and some seconds at first
 
     def forward(self, gate_up: Tensor, weights_N: Tensor | None, out: Tensor) -> None:
         """Write the activation [N, F] of a product [N, 2F] into `out`."""
-        ...
+        self._run(_forward, gate_up, weights_N, out)
 
     def backward(
         self,
@@ -37,70 +41,19 @@ class Activation(Protocol):
 
         They are written where they belong, and so is the activation, if there is a place for it.
         """
-        ...
+        self._run(_backward, gate_up, grad, grad_gate_up, weights_N, grad_weights_N, activation)
+
+    def _run(self, function: Callable[..., None], gate_up: Tensor, *others: Tensor | None) -> None:
+        if self.compiled and len(gate_up) > 1:  # a single row would be compiled as a case of its own
+            _compiler(function)(gate_up, *others)
+            return
+        step = max(1, 2 * _TILE // gate_up.shape[1])
+        for begin in range(0, len(gate_up), step):
+            rows = slice(begin, begin + step)
+            function(gate_up[rows], *(None if each is None else each[rows] for each in others))
 
 
-class Tiled:
-    """By torch's operations, one after the other."""
-
-    def forward(self, gate_up: Tensor, weights_N: Tensor | None, out: Tensor) -> None:
-        """As `Activation` says."""
-        for rows in _tiles(gate_up):
-            gate, up = _widened(gate_up[rows])
-            torch.ops.aten.silu.out(gate, out=gate)
-            if weights_N is not None:
-                up.mul_(weights_N[rows, None])
-            torch.mul(gate, up, out=out[rows])
-
-    def backward(
-        self,
-        gate_up: Tensor,
-        grad: Tensor,
-        grad_gate_up: Tensor,
-        weights_N: Tensor | None,
-        grad_weights_N: Tensor | None,
-        activation: Tensor | None,
-    ) -> None:
-        """As `Activation` says."""
-        width = grad.shape[1]
-        for rows in _tiles(gate_up):
-            gate, up = _widened(gate_up[rows])
-            incoming = grad[rows].to(gate.dtype, copy=True)
-            silu = F.silu(gate)
-            of_up = incoming * silu
-            if weights_N is not None and grad_weights_N is not None:
-                torch.sum(of_up * up, -1, out=grad_weights_N[rows])
-                of_up.mul_(weights_N[rows, None])
-                up.mul_(weights_N[rows, None])
-            grad_gate_up[rows, width:] = of_up
-            if activation is not None:
-                torch.mul(silu, up, out=activation[rows])
-            torch.ops.aten.silu_backward.grad_input(incoming.mul_(up), gate, grad_input=silu)
-            grad_gate_up[rows, :width] = silu
-
-
-TILED = Tiled()
-
-
-class Compiled:
-    """By one loop over all numbers, from torch's compiler, which needs one for C++ and takes some seconds."""
-
-    def forward(self, gate_up: Tensor, weights_N: Tensor | None, out: Tensor) -> None:
-        """As `Activation` says."""
-        _compiled(_forward, gate_up)(gate_up, weights_N, out)
-
-    def backward(
-        self,
-        gate_up: Tensor,
-        grad: Tensor,
-        grad_gate_up: Tensor,
-        weights_N: Tensor | None,
-        grad_weights_N: Tensor | None,
-        activation: Tensor | None,
-    ) -> None:
-        """As `Activation` says."""
-        compiled = _compiled(_backward, gate_up)
-        compiled(gate_up, grad, grad_gate_up, weights_N, grad_weights_N, activation)
+TILED = Activation()
 
 
 def swiglu(gate_up: Tensor, weights_N: Tensor | None = None, by: Activation = TILED) -> Tensor:
@@ -159,12 +112,6 @@ def _weights_and_end(product: Tensor, weights_N: Tensor | None) -> tuple[Tensor,
     return weights, torch.full((1,), count, dtype=torch.int32, device=product.device)
 
 
-def _tiles(gate_up: Tensor) -> Iterator[slice]:
-    """Stretches of rows that are worked on at a time."""
-    step = max(1, 2 * _TILE // gate_up.shape[1])
-    return (slice(begin, begin + step) for begin in range(0, len(gate_up), step))
-
-
 def _widened(product: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up, copied, in fp32 or wider."""
     copied = product.to(torch.promote_types(product.dtype, torch.float32), copy=True)
@@ -178,15 +125,11 @@ def _compiler(function: Any) -> Any:
     return torch.compile(function, dynamic=True)
 
 
-def _compiled(function: Any, rows: Tensor) -> Any:
-    """What the compiler made; it takes a single row for a case of its own, which is not worth its time."""
-    return _compiler(function) if len(rows) > 1 else function
-
-
 def _forward(gate_up: Tensor, weights_N: Tensor | None, out: Tensor) -> None:
     gate, up = _widened(gate_up)
-    made = F.silu(gate) * up
-    out.copy_(made if weights_N is None else made * weights_N[:, None])
+    if weights_N is not None:
+        up.mul_(weights_N[:, None])
+    out.copy_(F.silu(gate, inplace=True).mul_(up))
 
 
 def _backward(
@@ -198,14 +141,13 @@ def _backward(
     activation: Tensor | None,
 ) -> None:
     (gate, up), width = _widened(gate_up), grad.shape[1]
-    incoming, chance = grad.to(gate.dtype), gate.sigmoid()
-    silu = gate * chance
+    incoming, silu = grad.to(gate.dtype, copy=True), F.silu(gate)
+    of_up = incoming * silu
     if weights_N is not None and grad_weights_N is not None:
-        grad_weights_N.copy_((incoming * silu * up).sum(1))
-        incoming, weighed = incoming * weights_N[:, None], up * weights_N[:, None]
-    else:
-        weighed = up
-    grad_gate_up[:, width:] = incoming * silu
-    grad_gate_up[:, :width] = incoming * up * (chance + silu * (1 - chance))
+        grad_weights_N.copy_((of_up * up).sum(1))
+        of_up.mul_(weights_N[:, None])
+        up.mul_(weights_N[:, None])
+    grad_gate_up[:, width:] = of_up
+    grad_gate_up[:, :width] = torch.ops.aten.silu_backward(incoming.mul_(up), gate)
     if activation is not None:
-        activation.copy_(silu * weighed)
+        activation.copy_(silu.mul_(up))

@@ -13,7 +13,7 @@ from torch import nn
 from moe.config import TrainConfig
 from moe.model.experts import Experts
 from moe.model.mlp import SwiGLU
-from parallel.activation import Compiled
+from parallel.activation import Activation
 from parallel.errors import UserError
 
 
@@ -27,7 +27,7 @@ def take_up(model: nn.Module, config: TrainConfig, device: torch.device) -> None
             f"`train.compile` needs a compiler of C++, but there is no {name}: install it, for example with "
             "`apt install g++`, name another in the environment variable CXX, or set `train.compile=false`"
         )
-    compiled = Compiled()
+    compiled = Activation(compiled=True)
     for each in model.modules():
         if isinstance(each, Experts | SwiGLU):
             each.activation = compiled

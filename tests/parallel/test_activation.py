@@ -6,17 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel import activation
-from parallel.activation import TILED, Activation, Compiled, backward_by_kernel, forward_by_kernel, swiglu
+from parallel.activation import TILED, Activation, backward_by_kernel, forward_by_kernel, swiglu
 from tests.interpreted import interpreted
 
 ROWS, WIDTH = 9, 6
 
 
-class Uncompiled(Compiled):
+def uncompiled(patch: pytest.MonkeyPatch) -> Activation:
     """The functions that are given to the compiler, as they are: compiling takes ten seconds."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(activation, "_compiler", lambda function: function)
+    patch.setattr(activation, "_compiler", lambda function: function)
+    return Activation(compiled=True)
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +46,7 @@ def close(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None
 def test_it_is_the_formula(
     form: str, dtype: torch.dtype, weighed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by: Activation = Uncompiled(monkeypatch) if form == "compiled" else TILED
+    by = uncompiled(monkeypatch) if form == "compiled" else TILED
     monkeypatch.setattr(activation, "_TILE", 4 * WIDTH if form == "tiles" else 2**18)
     gate_up, weights, grad = inputs(dtype)
     made = swiglu(gate_up, weights if weighed else None, by)
@@ -61,7 +60,7 @@ def test_it_is_the_formula(
 def test_the_backward_makes_the_activation_again(
     form: str, weighed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by: Activation = Uncompiled(monkeypatch) if form == "compiled" else TILED
+    by = uncompiled(monkeypatch) if form == "compiled" else TILED
     gate_up, weights, grad = (part.detach() for part in inputs(torch.float32))
     again, of_weights = torch.empty(ROWS, WIDTH), torch.empty(ROWS) if weighed else None
     by.backward(gate_up, grad, torch.empty_like(gate_up), weights if weighed else None, of_weights, again)

@@ -8,7 +8,7 @@ import torch
 from moe.config import ModelConfig, TrainConfig
 from moe.model.layer import MoELayer
 from moe.train import compiling
-from parallel.activation import TILED, Compiled
+from parallel.activation import TILED, Activation
 from parallel.errors import UserError
 
 CPU, COMPILED = torch.device("cpu"), TrainConfig(compile=True)
@@ -16,11 +16,11 @@ CPU, COMPILED = torch.device("cpu"), TrainConfig(compile=True)
 
 def test_activations_are_compiled_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    for config, kind in ((TrainConfig(), type(TILED)), (COMPILED, Compiled)):
+    for config, by in ((TrainConfig(), TILED), (COMPILED, Activation(compiled=True))):
         layer = MoELayer(ModelConfig())
         compiling.take_up(layer, config, CPU)
         assert layer.shared is not None
-        assert {type(layer.experts.activation), type(layer.shared.activation)} == {kind}
+        assert {layer.experts.activation, layer.shared.activation} == {by}
 
 
 def test_a_compiler_that_torch_finds_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
